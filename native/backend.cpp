@@ -1,0 +1,240 @@
+// Section order: registry of what is decorated; hooks of a buffer, a backend, a device; attach and detach.
+// Hooks look up their object and call on without holding the registry's lock: sessions have locks of their own.
+#include "backend.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+
+#include "seam.h"
+#include "session.h"
+#include "status.h"
+
+namespace fasa {
+
+namespace {
+
+struct DecoratedBackend {
+    seam::BackendInterface inner;
+    Session *              session;
+};
+
+struct DecoratedBuffer {
+    seam::BufferInterface inner;
+    Session *             session;
+};
+
+struct Registry {
+    std::mutex                                                  mutex;
+    std::unordered_map<ggml_backend_t, DecoratedBackend>        backends;
+    std::unordered_map<ggml_backend_buffer_t, DecoratedBuffer>  buffers;
+    std::unordered_map<const Session *, int>                    sessions;
+    decltype(seam::DeviceInterface::init_backend)               inner_init = nullptr;
+};
+
+Registry & registry() {
+    static Registry r;
+    return r;
+}
+
+thread_local Session * armed = nullptr;
+
+template <typename Key, typename Value> Value find(const std::unordered_map<Key, Value> & map, Key key) {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    return map.at(key); // a hook runs only on objects that are in the registry
+}
+
+template <typename Key, typename Value> Value take(std::unordered_map<Key, Value> & map, Key key) {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    const Value                       value = map.at(key);
+    map.erase(key);
+    return value;
+}
+
+// ---- buffer: every way to write into it besides a graph ----------------------------------------------------
+
+void buffer_free(ggml_backend_buffer_t buffer) {
+    const DecoratedBuffer d = take(registry().buffers, buffer);
+    d.session->buffer_freed(buffer);
+    seam::of(buffer)->iface = d.inner;
+    d.inner.free_buffer(buffer);
+}
+
+void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    const DecoratedBuffer d = find(registry().buffers, buffer);
+    d.inner.memset_tensor(buffer, t, value, offset, size);
+    d.session->bytes_written(static_cast<const char *>(t->data) + offset, size);
+}
+
+void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    const DecoratedBuffer d = find(registry().buffers, buffer);
+    d.inner.set_tensor(buffer, t, data, offset, size);
+    d.session->bytes_written(static_cast<const char *>(t->data) + offset, size);
+}
+
+void buffer_set_tensor_2d(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size,
+                          size_t n_copies, size_t stride_tensor, size_t stride_data) {
+    const DecoratedBuffer d = find(registry().buffers, buffer);
+    d.inner.set_tensor_2d(buffer, t, data, offset, size, n_copies, stride_tensor, stride_data);
+    d.session->bytes_written(static_cast<const char *>(t->data) + offset, (n_copies - 1) * stride_tensor + size);
+}
+
+bool buffer_cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    const DecoratedBuffer d      = find(registry().buffers, buffer);
+    const bool            copied = d.inner.cpy_tensor(buffer, src, dst);
+    d.session->bytes_written(dst->data, ggml_nbytes(dst));
+    return copied;
+}
+
+void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    const DecoratedBuffer d = find(registry().buffers, buffer);
+    d.inner.clear(buffer, value);
+    d.session->bytes_written(d.inner.get_base(buffer), ggml_backend_buffer_get_size(buffer));
+}
+
+// ---- backend ---------------------------------------------------------------------------------------------------
+
+ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    const DecoratedBackend d = find(registry().backends, backend);
+    return d.session->compute(backend, graph, d.inner.graph_compute);
+}
+
+void backend_free(ggml_backend_t backend) {
+    const DecoratedBackend d = take(registry().backends, backend);
+    d.inner.free(backend);
+}
+
+void decorate(ggml_backend_t backend, Session * session) {
+    seam::Backend *                   b = seam::of(backend);
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().backends[backend] = {b->iface, session};
+    b->iface.graph_compute       = backend_graph_compute;
+    b->iface.free                = backend_free;
+}
+
+// ---- device ----------------------------------------------------------------------------------------------------
+
+ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char * params) {
+    const ggml_backend_t backend = registry().inner_init(device, params);
+    if (backend != nullptr && armed != nullptr) {
+        decorate(backend, armed);
+    }
+    return backend;
+}
+
+ggml_backend_dev_t cpu_device() {
+    const ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (device == nullptr) {
+        fail(FASA_STATUS_HOST, "llama.cpp offers no CPU device; use a build of llama-cpp-python with the CPU backend.");
+    }
+    return device;
+}
+
+// The name of the library that holds a code address; empty when it is not in one.
+const char * library_of(const void * address) {
+    Dl_info info;
+    return dladdr(address, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : "";
+}
+
+template <typename F> const char * library_of_slot(F * slot) { return library_of(reinterpret_cast<const void *>(slot)); }
+
+} // namespace
+
+// ---- attach and detach ---------------------------------------------------------------------------------------
+
+// Nothing is called through a mirrored slot until its value has been seen to point into the CPU backend's library.
+void check_seam() {
+    const char * built  = fasa_ggml_built();
+    const char * loaded = fasa_ggml_loaded();
+    if (std::strcmp(built, loaded) != 0) {
+        fail(FASA_STATUS_HOST,
+             "pyfasa was built for ggml %s, but ggml %s is loaded; install the llama-cpp-python that pyfasa names, or "
+             "rebuild pyfasa against yours.",
+             built, loaded);
+    }
+    const seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
+    const std::string             home  = library_of_slot(iface.get_name);
+    const bool                    slots = !home.empty() && home == library_of_slot(iface.get_description) &&
+                       home == library_of_slot(iface.get_type) &&
+                       (iface.init_backend == device_init_backend || home == library_of_slot(iface.init_backend));
+    if (!slots || std::strcmp(iface.get_name(cpu_device()), ggml_backend_dev_name(cpu_device())) != 0 ||
+        std::strcmp(iface.get_description(cpu_device()), ggml_backend_dev_description(cpu_device())) != 0) {
+        fail(FASA_STATUS_HOST, "The CPU device of this ggml %s build is laid out differently from the one pyfasa knows; "
+                               "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
+             loaded);
+    }
+}
+
+void register_session(Session * session) {
+    check_seam();
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().sessions[session] = 1;
+    seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
+    if (iface.init_backend != device_init_backend) {
+        registry().inner_init = iface.init_backend;
+        iface.init_backend    = device_init_backend;
+    }
+}
+
+void unregister_session(Session * session) {
+    Registry &                        r = registry();
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    for (auto it = r.backends.begin(); it != r.backends.end();) {
+        if (it->second.session == session) {
+            seam::of(it->first)->iface = it->second.inner;
+            it                         = r.backends.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    for (auto it = r.buffers.begin(); it != r.buffers.end();) {
+        if (it->second.session == session) {
+            seam::of(it->first)->iface = it->second.inner;
+            it                         = r.buffers.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    armed = armed == session ? nullptr : armed;
+    r.sessions.erase(session);
+    if (r.sessions.empty()) {
+        seam::of(cpu_device())->iface.init_backend = r.inner_init;
+    }
+}
+
+void arm(Session * session) { armed = session; }
+
+int backends_of(const Session * session) {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    int                               n = 0;
+    for (const auto & entry : registry().backends) {
+        n += entry.second.session == session ? 1 : 0;
+    }
+    return n;
+}
+
+void watch_buffer(ggml_backend_buffer_t buffer, Session * session) {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    if (registry().buffers.count(buffer) != 0) {
+        return;
+    }
+    seam::BufferInterface & iface = seam::of(buffer)->iface;
+    registry().buffers[buffer]    = {iface, session};
+    const auto hook               = [](auto & slot, auto function) {
+        slot = slot != nullptr ? function : nullptr; // optional slots stay empty: ggml tests for NULL
+    };
+    hook(iface.free_buffer, buffer_free);
+    hook(iface.memset_tensor, buffer_memset_tensor);
+    hook(iface.set_tensor, buffer_set_tensor);
+    hook(iface.set_tensor_2d, buffer_set_tensor_2d);
+    hook(iface.cpy_tensor, buffer_cpy_tensor);
+    hook(iface.clear, buffer_clear);
+}
+
+} // namespace fasa
+
+const char * fasa_ggml_built(void) { return FASA_GGML_BUILT; }
+
+const char * fasa_ggml_loaded(void) { return ggml_version(); }

@@ -1,0 +1,99 @@
+// The stages for AVX2, FMA and F16C; compiled with exactly these.
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace fasa {
+namespace {
+
+struct V {
+    static constexpr int      W        = 8;
+    static constexpr int      kQueries = 2; // 8 accumulators and 4 code vectors fit the 16 registers
+    static constexpr uint32_t kLanes   = 0xff;
+
+    using F     = __m256;
+    using Bytes = __m256i;
+    using Acc   = __m256i; // int16, two per cell
+
+    static F set(float a) { return _mm256_set1_ps(a); }
+    static F load(const float * p) { return _mm256_loadu_ps(p); }
+    static void store(float * p, F a) { _mm256_storeu_ps(p, a); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F exp(F a) {
+        const F n = _mm256_round_ps(mul(a, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const F r = _mm256_fnmadd_ps(n, set(kLn2Low), _mm256_fnmadd_ps(n, set(kLn2High), a));
+        F       p = set(kExpTerms[0]);
+        for (int i = 1; i < 7; ++i) {
+            p = fma(p, r, set(kExpTerms[i]));
+        }
+        const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+        return _mm256_andnot_ps(_mm256_cmp_ps(a, set(kExpMin), _CMP_LT_OQ), mul(p, _mm256_castsi256_ps(power)));
+    }
+
+    static float half(const void * p) {
+        uint16_t h;
+        std::memcpy(&h, p, sizeof(h));
+        return _cvtsh_ss(h);
+    }
+    static F load_f16(const uint8_t * p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static F load_i8(const uint8_t * p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+    }
+    static float sum(F a) {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+    static uint32_t at_least(F a, F b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+    }
+    static F keep(uint32_t bits, F a, float other) {
+        const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i on   = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+        return _mm256_blendv_ps(set(other), a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, lane)));
+    }
+    static void store_peaks(float * p, F a) { store(p, a); }
+
+    // Products of a pair stay below 2 * 3 * 127, 2 * 15 * 127, 2 * 255 * 64: this many fit into int16.
+    static int max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
+    static Acc acc_zero() { return _mm256_setzero_si256(); }
+    static Bytes load_bytes(const uint8_t * p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+    static Bytes field(Bytes a, int shift, int mask) {
+        return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8(static_cast<char>(mask)));
+    }
+    static Bytes quad(const int8_t * p) {
+        int32_t q;
+        std::memcpy(&q, p, sizeof(q));
+        return _mm256_set1_epi32(q);
+    }
+    static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, q)); }
+    static F total(Acc a) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
+
+    static int64_t collect(const float * x, int64_t n, float t, float * values, int32_t * cells) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < n; i += W) { // few lanes pass: visiting set bits beats a permutation table
+            for (uint32_t bits = at_least(load(x + i), set(t)); bits != 0; bits &= bits - 1) {
+                const int64_t at = i + __builtin_ctz(bits);
+                values[kept]     = x[at];
+                cells[kept++]    = static_cast<int32_t>(at);
+            }
+        }
+        return kept;
+    }
+};
+
+#include "attend.inl"
+#include "score.inl"
+#include "select.inl"
+
+} // namespace
+
+const Kernels kAvx2 = {score, select, attend};
+
+} // namespace fasa

@@ -1,0 +1,249 @@
+/* The whole C interface of pyfasa, written once: the C++ core includes this file through fasa.h, and cffi
+ * generates the Python binding from the same text. Declarations and comments only, no preprocessor.
+ *
+ * Shapes are innermost first, as in ggml.h. A cell is one slot of the KV cache. Words:
+ *   fc       frequency chunk: the two dims of a head that RoPE rotates together (FASA, arXiv 2602.03152, 3.1)
+ *   block    64 consecutive cells, the unit of the side index
+ *   visible  bit c of word b is set when the mask lets the query row see cell 64 b + c
+ */
+
+/* ---- status ------------------------------------------------------------------------------------------- */
+
+typedef enum fasa_status {
+    FASA_STATUS_OK       = 0,
+    FASA_STATUS_ARGUMENT = 1, /* a value out of its range: ValueError in Python */
+    FASA_STATUS_HOST     = 2, /* this build of llama.cpp cannot be decorated */
+    FASA_STATUS_MEMORY   = 3, /* an allocation failed */
+    FASA_STATUS_STATE    = 4  /* a call at a time when it makes no sense */
+} fasa_status;
+
+/* One sentence about the last failure on this thread; never NULL. */
+const char * fasa_last_error(void);
+
+/* ---- constants ---------------------------------------------------------------------------------------- */
+
+typedef enum fasa_constant {
+    FASA_BLOCK_CELLS   = 64,  /* cells of an index block */
+    FASA_PEAKS         = 8,   /* peaks of a block: peak g is the best score of cells 64 b + 8 i + g */
+    FASA_MAX_HEAD_DIM  = 256,
+    FASA_MAX_GROUP     = 64   /* query heads of one KV head */
+} fasa_constant;
+
+typedef enum fasa_rope {
+    FASA_ROPE_NORM = 0, /* fc i is dims (2i, 2i+1) */
+    FASA_ROPE_NEOX = 2  /* fc i is dims (i, i + n_rot/2); dims past n_rot pair up as (2i, 2i+1) in both */
+} fasa_rope;
+
+typedef enum fasa_kv_type { /* the values of ggml_type */
+    FASA_KV_F16  = 1,
+    FASA_KV_Q8_0 = 8
+} fasa_kv_type;
+
+typedef enum fasa_isa {
+    FASA_ISA_REFERENCE = 0, /* plain loops, double accumulators */
+    FASA_ISA_PORTABLE  = 1,
+    FASA_ISA_AVX2      = 2, /* AVX2, FMA, F16C */
+    FASA_ISA_AVX512    = 3, /* AVX-512 F, BW, DQ, VL and VNNI */
+    FASA_ISA_COUNT     = 4,
+    FASA_ISA_AUTO      = -1
+} fasa_isa;
+
+/* Best instruction set of this CPU; names for printing; 1 when this CPU and build can run it. */
+int32_t      fasa_isa_best(void);
+const char * fasa_isa_name(int32_t isa);
+int32_t      fasa_isa_usable(int32_t isa);
+
+/* ---- layout: what the side index keeps of one KV head -------------------------------------------------- */
+
+/* A row keeps n_fc chunks, each with 2, 4 or 8 bits per dim. Chunks of equal bits form a segment; a segment has
+ * one f16 step per cell. A dim x is stored as code u with  (x - center) / scale ~ step * (u - (2^bits - 1) / 2). */
+typedef struct fasa_layout fasa_layout;
+
+/* fc     u16  [n_fc]      chunk ids, all below head_dim / 2, no duplicate
+ * bits   u8   [n_fc]      2, 4 or 8
+ * center f32  [head_dim]  or NULL for zeros; shifts every score of a query equally, so it never changes a ranking
+ * scale  f32  [head_dim]  or NULL for ones
+ * requires: head_dim even, 2..256; n_rot even, 2..head_dim */
+fasa_status fasa_layout_create(int32_t head_dim, int32_t n_rot, int32_t rope, int32_t n_fc, const uint16_t * fc,
+                               const uint8_t * bits, const float * center, const float * scale, fasa_layout ** out);
+void        fasa_layout_free(fasa_layout * layout);
+int64_t     fasa_layout_block_bytes(const fasa_layout * layout); /* bytes of one block of 64 cells */
+
+/* ---- the stages, as pure functions -------------------------------------------------------------------- */
+
+/* Writes the index entries of n cells.
+ * rows  f32  [head_dim, n]           keys of this KV head, in the basis in which RoPE acts (Hadamard undone)
+ * cells i64  [n]                     where they go
+ * index u8   [block_bytes, n_block]  changed in place; neighbours of a cell keep their entries */
+fasa_status fasa_index_write(const fasa_layout * layout, const float * rows, const int64_t * cells, int64_t n,
+                             uint8_t * index);
+
+/* score: for each query head of one KV head, the dot product with every cell's index row (the paper's TIP, eq. 5).
+ * q       f32  [head_dim, n_q]            same basis as the rows
+ * index   u8   [block_bytes, n_block]
+ * visible u64  [n_block]
+ * scores  f32  [64 * n_block, n_q]  out   -inf where not visible
+ * peaks   f32  [8 * n_block, n_q]   out
+ * Blocks b0 <= b < b1 are written, the others left alone. */
+fasa_status fasa_score(int32_t isa, const fasa_layout * layout, const float * q, int32_t n_q, const uint8_t * index,
+                       const uint64_t * visible, int64_t n_block, int64_t b0, int64_t b1, float * scores,
+                       float * peaks);
+
+/* select: the `budget` best cells, ascending by cell; all visible cells when there are no more than that.
+ * Every selected score is >= every visible score left out; ties are broken in favour of lower cells.
+ * scores  f32  [64 * n_block]
+ * peaks   f32  [8 * n_block]
+ * scratch f32  [64 * n_block]
+ * cells   i32  [64 * n_block]  out; the first *n_selected count */
+fasa_status fasa_select(int32_t isa, const float * scores, const float * peaks, int64_t n_block, int64_t budget,
+                        float * scratch, int32_t * cells, int64_t * n_selected);
+
+/* The K and V of one KV head as they lie in the cache. */
+typedef struct fasa_kv {
+    const void *     k;        /* cell 0 */
+    const void *     v;
+    int64_t          k_stride; /* bytes from cell to cell */
+    int64_t          v_stride;
+    int32_t          k_type;   /* fasa_kv_type */
+    int32_t          v_type;
+    int32_t          k_dim;    /* a multiple of 32 up to 256 */
+    int32_t          v_dim;
+    float            scale;
+    float            softcap;  /* 0: none */
+    const uint16_t * mask;     /* f16 [n_kv], or NULL; added to the scaled scores */
+} fasa_kv;
+
+/* attend: exact softmax attention of one query over n cells (the paper's FAC, eq. 7), unnormalized.
+ * q     f32  [k_dim]      in the basis of the cache
+ * cells i32  [n]
+ * m, d  running maximum and denominator; o f32 [v_dim] running sum of weight * V.
+ * Start with m = -inf, d = 0, o = 0; call again to go on; the result is o / d. */
+fasa_status fasa_attend(int32_t isa, const fasa_kv * kv, const float * q, const int32_t * cells, int64_t n, float * m,
+                        float * d, float * o);
+
+/* n normalized fast Walsh-Hadamard transforms in place, on n * size floats; size a power of two. Own inverse. */
+fasa_status fasa_hadamard(float * x, int64_t n, int32_t size);
+
+/* ---- plan: may a node be replaced? --------------------------------------------------------------------- */
+
+typedef enum fasa_reason {
+    FASA_REASON_SPARSE        = 0,  /* replaced: score, select, attend */
+    FASA_REASON_DISABLED      = 1,  /* switched off by the caller */
+    FASA_REASON_PREFILL       = 2,  /* more query rows than a decode step has */
+    FASA_REASON_SHORT_CONTEXT = 3,  /* fewer visible cells than min_ctx */
+    FASA_REASON_NO_PROFILE    = 4,  /* the profile keeps no chunk for this layer */
+    FASA_REASON_SHAPE         = 5,  /* heads or head size are not the profile's */
+    FASA_REASON_ALIBI         = 6,  /* position bias besides RoPE */
+    FASA_REASON_MASK          = 7,  /* no mask, or one that cannot be read before the graph runs */
+    FASA_REASON_KV_TYPE       = 8,  /* K or V type without a kernel */
+    FASA_REASON_KV_MEMORY     = 9,  /* cache not in host memory */
+    FASA_REASON_NO_CACHE      = 10, /* K is not a view of a KV cache tensor */
+    FASA_REASON_N_KV_MAX      = 11, /* a model trained sparse: upstream's own selection */
+    FASA_REASON_STREAMS       = 12, /* several cache streams in one node */
+    FASA_REASON_NO_MEMORY     = 13, /* the side index could not be allocated */
+    FASA_REASON_CAPTURE       = 14, /* replaced by exact attention while queries are captured */
+    FASA_REASON_COUNT         = 15
+} fasa_reason;
+
+const char * fasa_reason_name(int32_t reason); /* "short_context" */
+const char * fasa_reason_text(int32_t reason); /* a sentence */
+
+/* ---- profile and configuration ------------------------------------------------------------------------- */
+
+/* chunks u16  [n_ranked, n_head_kv, n_layer]  ranked best first; n_fc can be lowered at run time
+ * bits   u8   [n_ranked, n_head_kv, n_layer]  2, 4 or 8; 0: this and all later ranks are unused
+ * center f32  [head_dim, n_head_kv, n_layer]  or NULL
+ * scale  f32  [head_dim, n_head_kv, n_layer]  or NULL */
+typedef struct fasa_profile {
+    int32_t          n_layer;
+    int32_t          n_head_kv;
+    int32_t          head_dim;
+    int32_t          n_rot;
+    int32_t          rope; /* fasa_rope */
+    int32_t          n_ranked;
+    const uint16_t * chunks;
+    const uint8_t *  bits;
+    const float *    center;
+    const float *    scale;
+} fasa_profile;
+
+typedef struct fasa_config {
+    int32_t enabled;
+    int32_t budget;  /* cells attended per query head; at least 1 */
+    int32_t n_fc;    /* chunks of the profile in use; 0: all ranked */
+    int32_t min_ctx; /* visible cells below which a node stays dense */
+    int32_t sinks;   /* first visible cells, always selected */
+    int32_t recent;  /* last visible cells, always selected; sinks + recent <= budget */
+    int32_t verify;  /* recompute the index before each use and compare */
+    int32_t capture; /* keep the queries of each node, see fasa_session_captured */
+    int32_t isa;     /* fasa_isa; AUTO in production */
+} fasa_config;
+
+/* ---- session: one llama_context ------------------------------------------------------------------------ */
+
+typedef struct fasa_session fasa_session;
+
+typedef struct fasa_counters {
+    int64_t graphs;          /* graphs seen */
+    int64_t nodes[15];       /* attention nodes by fasa_reason */
+    int64_t cells_visible;   /* summed over sparse nodes and their query heads and rows */
+    int64_t cells_attended;
+    int64_t cells_indexed;   /* index entries (re)written, counted once per layer */
+    int64_t cells_verified;
+    int64_t verify_failures; /* entries that differed from the K cache; anything but 0 is a bug */
+    int64_t stale_events;    /* K changed by other means than SET_ROWS */
+    int64_t index_bytes;     /* allocated now */
+    int64_t kv_bytes;        /* K and V of the same layers, as allocated */
+    int64_t bytes_scored;    /* index bytes read */
+    int64_t bytes_attended;  /* K and V bytes read */
+} fasa_counters;
+
+typedef struct fasa_timings { /* ns on the first worker thread, summed over sparse nodes */
+    int64_t index;
+    int64_t score;
+    int64_t select;
+    int64_t attend;
+    int64_t wait;   /* for the other threads */
+    int64_t plan;   /* in the decorator, once per graph */
+    int64_t total;  /* inside graph_compute, of graphs with sparse nodes */
+} fasa_timings;
+
+/* Version of ggml that this library was built against, and of the one in this process. */
+const char * fasa_ggml_built(void);
+const char * fasa_ggml_loaded(void);
+
+/* Proves that the CPU backend can be decorated: checks the internal structs, runs one small attention graph on a
+ * decorated backend, and compares it with the undecorated one. Nothing stays decorated. */
+fasa_status fasa_self_test(void);
+
+/* Copies the arrays. profile may be NULL: then every node stays dense and queries can be captured. */
+fasa_status fasa_session_create(const fasa_profile * profile, const fasa_config * config, fasa_session ** out);
+
+/* Between arm and disarm, backends that this thread creates belong to the session: call around the creation of
+ * one llama_context. The device is decorated while any session lives, other threads' backends stay untouched. */
+fasa_status fasa_session_arm(fasa_session * session);
+fasa_status fasa_session_disarm(fasa_session * session);
+int32_t     fasa_session_backends(const fasa_session * session); /* decorated backends alive */
+
+/* Takes effect with the next graph; side indexes are rebuilt when the profile or n_fc changed. */
+fasa_status fasa_session_set_profile(fasa_session * session, const fasa_profile * profile); /* NULL: dense */
+fasa_status fasa_session_configure(fasa_session * session, const fasa_config * config);
+fasa_status fasa_session_counters(const fasa_session * session, fasa_counters * out);
+fasa_status fasa_session_timings(const fasa_session * session, fasa_timings * out);
+fasa_status fasa_session_reset(fasa_session * session); /* counters and timings to zero */
+
+/* The side index is dropped and rebuilt from the K cache at the next use. */
+fasa_status fasa_session_invalidate(fasa_session * session);
+
+/* Captured queries of a layer since the last clear: RoPE basis, oldest row first.
+ * out f32 [head_dim, n_head, n_rows]; NULL asks for the sizes only. */
+fasa_status fasa_session_captured(const fasa_session * session, int32_t layer, int32_t * head_dim, int32_t * n_head,
+                                  int64_t * n_rows, float * out);
+fasa_status fasa_session_captured_clear(fasa_session * session);
+
+/* Keys of cells c0 <= c < c1 of a layer that has computed a node, dequantized, in the RoPE basis.
+ * out f32 [head_dim, n_head_kv, c1 - c0] */
+fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64_t c0, int64_t c1, float * out);
+
+/* Undecorates what is left of it and frees it. Safe before or after the llama_context is freed. */
+void fasa_session_free(fasa_session * session);

@@ -1,0 +1,41 @@
+// The three stages as one table per instruction set. Signatures and shapes are those of fasa.cdef.h; arguments have
+// been checked by the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "fasa.h"
+#include "layout.h"
+
+namespace fasa {
+
+struct Kernels {
+    void (*score)(const Layout & layout, const float * q, int32_t n_q, const uint8_t * index, const uint64_t * visible,
+                  int64_t n_block, int64_t b0, int64_t b1, float * scores, float * peaks);
+    int64_t (*select)(const float * scores, const float * peaks, int64_t n_block, int64_t budget, float * scratch,
+                      int32_t * cells);
+    void (*attend)(const fasa_kv & kv, const float * q, const int32_t * cells, int64_t n, float * m, float * d,
+                   float * o);
+};
+
+extern const Kernels kReference;
+extern const Kernels kPortable;
+extern const Kernels kAvx2;   // defined on x86-64 only
+extern const Kernels kAvx512; // likewise
+
+// AUTO is resolved; fails with a sentence when this CPU cannot run it.
+const Kernels & kernels_of(int32_t isa);
+
+// Bytes of a row of n values, 0 for a type without a kernel.
+inline int64_t kv_row_bytes(int32_t type, int64_t n) {
+    switch (type) {
+        case FASA_KV_F16: return n * 2;
+        case FASA_KV_Q8_0: return n / 32 * 34;
+        default: return 0;
+    }
+}
+
+// A row of the cache as floats, f32 [n]; the plain version, used where speed does not matter.
+void kv_to_float(int32_t type, const void * row, int32_t n, float * out);
+
+} // namespace fasa

@@ -1,0 +1,82 @@
+// Mirrors of the structs of ggml-backend-impl.h (ggml 0.25), which llama-cpp-python does not install. Only the slots
+// that pyfasa reads or replaces have their real types. self_test.cpp proves the layout before anything is replaced.
+#pragma once
+
+#include <ggml-backend.h>
+#include <ggml.h>
+
+namespace fasa::seam {
+
+using Slot = void (*)();
+
+struct DeviceInterface {
+    const char * (*get_name)(ggml_backend_dev_t);
+    const char * (*get_description)(ggml_backend_dev_t);
+    Slot get_memory;
+    Slot get_type;
+    Slot get_props;
+    ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char * params);
+    // more slots follow
+};
+
+struct Device {
+    DeviceInterface iface;
+};
+
+struct BackendInterface {
+    const char * (*get_name)(ggml_backend_t);
+    void (*free)(ggml_backend_t);
+    Slot set_tensor_async;
+    Slot get_tensor_async;
+    Slot set_tensor_2d_async;
+    Slot get_tensor_2d_async;
+    Slot cpy_tensor_async;
+    Slot synchronize;
+    Slot graph_plan_create;
+    Slot graph_plan_free;
+    Slot graph_plan_update;
+    Slot graph_plan_compute;
+    ggml_status (*graph_compute)(ggml_backend_t, ggml_cgraph *);
+    Slot event_record;
+    Slot event_wait;
+    Slot graph_optimize;
+};
+
+struct Backend {
+    ggml_guid_t        guid;
+    BackendInterface   iface;
+    ggml_backend_dev_t device;
+    void *             context;
+};
+
+struct BufferInterface {
+    void (*free_buffer)(ggml_backend_buffer_t);
+    void * (*get_base)(ggml_backend_buffer_t);
+    Slot init_tensor;
+    void (*memset_tensor)(ggml_backend_buffer_t, ggml_tensor *, uint8_t value, size_t offset, size_t size);
+    void (*set_tensor)(ggml_backend_buffer_t, ggml_tensor *, const void * data, size_t offset, size_t size);
+    Slot get_tensor;
+    void (*set_tensor_2d)(ggml_backend_buffer_t, ggml_tensor *, const void * data, size_t offset, size_t size,
+                          size_t n_copies, size_t stride_tensor, size_t stride_data);
+    Slot get_tensor_2d;
+    bool (*cpy_tensor)(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst);
+    void (*clear)(ggml_backend_buffer_t, uint8_t value);
+    Slot reset;
+};
+
+struct Buffer {
+    BufferInterface iface;
+};
+
+inline Device *  of(ggml_backend_dev_t device) { return reinterpret_cast<Device *>(device); }
+inline Backend * of(ggml_backend_t backend) { return reinterpret_cast<Backend *>(backend); }
+inline Buffer *  of(ggml_backend_buffer_t buffer) { return reinterpret_cast<Buffer *>(buffer); }
+
+// What ggml_compute_forward_custom reads from op_params of a GGML_OP_CUSTOM node.
+struct CustomOp {
+    ggml_custom_op_t fun;
+    int              n_tasks;
+    void *           userdata;
+};
+
+} // namespace fasa::seam

@@ -1,0 +1,67 @@
+// The side index of one layer: packed chunks of every cached key, and which cells it must read again.
+//
+// It is derived from the K cache and never trusted further than its dirty bits: whatever writes to K sets them (see
+// session.cpp), and the attention node rebuilds dirty cells before it scores. A new index is dirty all over.
+#pragma once
+
+#include <ggml.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "plan.h"
+
+namespace fasa {
+
+struct AlignedFree {
+    void operator()(void * p) const { std::free(p); }
+};
+template <typename T> using Aligned = std::unique_ptr<T[], AlignedFree>;
+
+// 64-byte aligned, zeroed; throws std::bad_alloc.
+template <typename T> Aligned<T> make_aligned(int64_t n);
+
+class SideIndex {
+  public:
+    // node: an attention node that plan() accepted.
+    SideIndex(const ggml_tensor * node, const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts);
+
+    // False when the cache tensor behind `node` or the layouts are not those this index was built for.
+    bool serves(const ggml_tensor * node, const Plan & plan, const Profile::Layouts * layouts) const;
+
+    void mark_all();
+    void mark_cell(int64_t cell);
+    void mark_bytes(const void * first, size_t size); // an overwritten range of K memory
+    void clear_marks(int64_t n_block);                // blocks 0 <= b < n_block of the node's view are up to date
+
+    // Rebuilds the dirty cells of blocks b0 <= b < b1; threads call it for disjoint ranges. Returns cells rebuilt.
+    int64_t refresh(int64_t b0, int64_t b1);
+
+    // Rebuilds every cell of the blocks; returns how many entries were not what K says.
+    int64_t verify(int64_t b0, int64_t b1);
+
+    const Layout &  layout(int32_t head) const { return (*layouts_)[layer_][head]; }
+    const uint8_t * blocks(int32_t head) const { return data_[head].get() + first_block_ * layout(head).block_bytes; }
+    int64_t         bytes() const;
+    int64_t         block_bytes() const; // of all KV heads
+
+    // A key of the node's view as floats in the RoPE basis, f32 [head_dim].
+    void read_key(int64_t cell, int32_t head, float * out) const;
+
+    const ggml_tensor * root() const { return root_; }
+
+  private:
+    const ggml_tensor *                     root_;
+    const void *                            root_data_;
+    int32_t                                 layer_, n_head_kv_, head_dim_, type_, rotation_;
+    int64_t                                 n_cell_; // of all streams
+    int64_t                                 row_bytes_, head_bytes_;
+    int64_t                                 first_block_; // of the stream that the node views
+    std::shared_ptr<const Profile::Layouts> layouts_;
+    std::vector<Aligned<uint8_t>>           data_;  // per KV head
+    std::vector<uint64_t>                   dirty_; // bit c of word b: cell 64 b + c
+};
+
+} // namespace fasa

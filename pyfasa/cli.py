@@ -1,0 +1,378 @@
+"""The `pyfasa` command: parse, call, print.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error told in one
+sentence, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyfasa import console
+
+app = typer.Typer(
+    cls=console.Group,
+    help="Faster decoding over long contexts on top of llama-cpp-python (FASA, arXiv 2602.03152).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class KvType(str, Enum):
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
+class Output(str, Enum):
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF model.")]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="Profile to use instead of the model's own.")
+]
+TypeK = Annotated[KvType, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")]
+TypeV = Annotated[KvType, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: all CPUs.")
+]
+Chunks = Annotated[
+    int | None, typer.Option("--n-fc", min=1, help="Frequency chunks to score with.")
+]
+MinCtx = Annotated[
+    int | None, typer.Option("--min-ctx", min=0, help="Stay dense below this many tokens.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pyfasa.doctor import pyfasa_version
+
+        typer.echo(f"pyfasa {pyfasa_version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (also: PYFASA_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- run ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask.")] = "",
+    file: Annotated[
+        list[Path] | None, typer.Option("-f", "--file", help="Document to put first; repeatable.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Attend to everything.")] = False,
+    budget: Annotated[int, typer.Option("--budget", help="Tokens that a head attends to.")] = 1024,
+    n_fc: Chunks = None,
+    min_ctx: MinCtx = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx", min=1, help="Context size; default: what is needed."),
+    ] = None,
+    type_k: TypeK = KvType.f16,
+    type_v: TypeV = KvType.f16,
+    threads: Threads = None,
+    max_tokens: Annotated[
+        int, typer.Option("-n", "--max-tokens", min=1, help="Tokens to generate at most.")
+    ] = 256,
+    temp: Annotated[float, typer.Option("--temp", min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    profile: ProfileFile = None,
+) -> None:
+    """Ask a model, with documents before the question."""
+    parts = [path.read_text(encoding="utf-8", errors="replace") for path in file or []]
+    text = "\n\n".join([*parts, prompt] if prompt else parts)
+    if not text:
+        raise typer.BadParameter("nothing to read: give a prompt with -p, documents with --file")
+    from pyfasa.doctor import cpu
+    from pyfasa.llama import Llama
+
+    tokens, n_ctx_train = console.prompt_tokens(model, text)
+    n_ctx = ctx or len(tokens) + max_tokens + 1
+    if len(tokens) >= n_ctx:
+        raise ValueError(f"the text has {len(tokens)} tokens and the context {n_ctx}; raise -c")
+    if n_ctx > n_ctx_train > 0:
+        console.note(f"warning: a context of {n_ctx} tokens; {model.name} knows {n_ctx_train}")
+    cores = threads or cpu().cores
+    llm = Llama(
+        str(model),
+        n_ctx=n_ctx,
+        n_threads=cores,
+        n_threads_batch=cores,
+        type_k=type_k.value,
+        type_v=type_v.value,
+        seed=seed,
+        profile=False if dense else profile,
+        budget=budget,
+        n_fc=n_fc,
+        min_ctx=min_ctx,
+        verbose=False,
+    )
+    try:
+        with console.token_progress("reading") as update:
+            seconds = console.prefill(llm, tokens[:-1], update)
+        answer = console.stream(llm, tokens, max_tokens, console.write, temp)
+        reason = None if dense else llm.fasa.reason
+    finally:
+        llm.close()
+    console.write("\n")
+    console.note(
+        f"prompt {len(tokens):,} tokens, {(len(tokens) - 1) / max(seconds, 1e-9):,.1f} tokens/s | "
+        f"decode {answer.n_steps:,} tokens, {answer.speed:,.1f} tokens/s | "
+        f"cache read {console.percent(answer.cells_read)}"
+    )
+    if reason or (answer.dense and not dense):
+        console.note(f"dense: {reason or ', '.join(answer.dense)}")
+
+
+# ---- profiles -----------------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="Text to calibrate on; repeatable.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="variance or agreement.")] = "variance",
+    n_fc: Chunks = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="2, 4 or 8 bits per dim.")] = None,
+    ctx: Annotated[
+        int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of a calibration document.")
+    ] = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: <model>-fasa.gguf.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Find the dominant frequency chunks of a model; writes a profile."""
+    import pyfasa
+    from pyfasa.embed import sidecar_path
+
+    path = output or sidecar_path(model)
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
+    chosen: dict[str, Any] = {"n_fc": n_fc, "n_ctx": ctx, "bits": bits}
+    profile = pyfasa.calibrate(
+        str(model),
+        [str(file) for file in text] if text else None,
+        method=method,
+        seed=seed,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    profile.save(path, force=force)
+    console.note(f"wrote {path}")
+
+
+@app.command()
+def embed(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model with the profile.")],
+    profile: ProfileFile = None,
+    force: Force = False,
+) -> None:
+    """Copy a model with its profile inside."""
+    from pyfasa import embed as files
+    from pyfasa.profile import Profile
+
+    source = profile or files.sidecar_path(model)
+    if not source.exists():
+        raise ValueError(
+            f"{source} does not exist; name the profile with --profile, or make it with "
+            f"`pyfasa calibrate {model}`"
+        )
+    with console.byte_progress("writing") as update:
+        files.embed(model, Profile.load(source), output, force=force, progress=update)
+    console.note(f"wrote {output}")
+
+
+@app.command()
+def extract(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile file to write.")],
+    force: Force = False,
+) -> None:
+    """Write the profile inside a model to a file of its own."""
+    from pyfasa import embed as files
+
+    files.extract(model).save(output, force=force)
+    console.note(f"wrote {output}")
+
+
+@app.command()
+def remove(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model without a profile.")],
+    force: Force = False,
+) -> None:
+    """Copy a model without the profile inside."""
+    from pyfasa import embed as files
+
+    with console.byte_progress("writing") as update:
+        files.remove(model, output, force=force, progress=update)
+    console.note(f"wrote {output}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A model or a profile.")],
+) -> None:
+    """Show a model's identity, its profile, and what the side index costs."""
+    from pyfasa.embed import find_profile
+    from pyfasa.identity import Header, ModelIdentity
+    from pyfasa.profile import SIDECAR_TYPE, Profile
+
+    out = console.stdout()
+    source: Path | None = file
+    if Header.read(file).values.get("general.type") == SIDECAR_TYPE:
+        model = Profile.load(file).identity
+    else:
+        model = ModelIdentity.read(file)
+        source = find_profile(file)
+    out.print(console.pairs("model", vars(model)))
+    if source is None:
+        out.print(f"no profile: make one with `pyfasa calibrate {file}`", markup=False)
+        return
+    profile = Profile.load(source)
+    profile.check_model(model)
+    for table in console.profile_tables(source, profile):
+        out.print(table)
+
+
+# ---- bench, doctor, demo ------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`1024,8192` -> (1024, 8192)"""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1024,8192") from None
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Option("-m", "--model", help="A GGUF model.")],
+    depth: Annotated[
+        str, typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens in the cache.")
+    ] = "8192",
+    type_k: TypeK = KvType.f16,
+    type_v: TypeV = KvType.f16,
+    threads: Threads = None,
+    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to decode.")] = 32,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Repetitions.")] = 5,
+    output: Annotated[Output, typer.Option("-o", "--output", help="Output format.")] = Output.md,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
+    ] = "1024",
+    n_fc: Chunks = None,
+    min_ctx: MinCtx = None,
+    profile: ProfileFile = None,
+) -> None:
+    """Time decoding, dense against FASA, with a cache filled to a depth."""
+    from pyfasa import benchmark
+    from pyfasa.doctor import cpu
+
+    settings = benchmark.Settings(
+        model=model,
+        depths=_numbers(depth),
+        budgets=_numbers(budget),
+        type_k=type_k.value,
+        type_v=type_v.value,
+        n_threads=threads or cpu().cores,
+        n_gen=n_gen,
+        repetitions=repetitions,
+        n_fc=n_fc,
+        min_ctx=min_ctx,
+        profile=profile,
+        command=shlex.join(["pyfasa", *sys.argv[1:]]),
+    )
+    with console.stderr().status("loading") as status:
+        rows = list(benchmark.bench(settings, status.update))
+    typer.echo(benchmark.FORMATS[output.value](rows))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Also check this.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", min=1, help="Context to plan for.")] = 32768,
+    type_k: TypeK = KvType.f16,
+    type_v: TypeV = KvType.f16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what is installed, whether FASA can work, and what to do about each problem."""
+    from pyfasa import doctor as checks
+
+    findings = checks.examine()
+    if model is not None:
+        healthy = not any(finding.status == "problem" for finding in findings)
+        findings += checks.examine_model(
+            model, n_ctx=ctx, type_k=type_k.value, type_v=type_v.value, live=healthy
+        )
+    ok = not any(finding.status == "problem" for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"ok": ok, "checks": [vars(f) for f in findings]}, indent=2))
+    else:
+        typer.echo("\n".join(checks.line(finding) for finding in findings))
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Default: bundled.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the document.")] = 16000,
+    questions: Annotated[int, typer.Option("--questions", help="Facts to ask for.")] = 5,
+    budget: Annotated[int, typer.Option("--budget", help="Tokens that a head attends to.")] = 1024,
+    type_k: TypeK = KvType.f16,
+    type_v: TypeV = KvType.f16,
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Hide facts in a long document and ask for them, dense and with FASA."""
+    from pyfasa import demo as show
+
+    settings = show.Settings(
+        model=model or show.bundled_model(),
+        n_tokens=tokens,
+        n_questions=questions,
+        budget=budget,
+        type_k=type_k.value,
+        type_v=type_v.value,
+        n_threads=threads,
+        seed=seed,
+    )
+    raise typer.Exit(0 if show.show(settings) else 1)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="pyfasa")

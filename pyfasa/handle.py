@@ -1,0 +1,222 @@
+"""``llm.fasa``: what sparse attention does in one model, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pyfasa.errors import ProfileError
+from pyfasa.identity import ModelIdentity
+from pyfasa.native import Config, Counters, Session, Timings
+from pyfasa.profile import Profile
+
+
+def make_config(
+    budget: int = 1024,
+    n_fc: int | None = None,
+    min_ctx: int | None = None,
+    sinks: int = 4,
+    recent: int = 32,
+) -> Config:
+    """Settings as users give them: n_fc None is the profile's own, min_ctx None is twice the budget."""
+    for name, value in {
+        "budget": budget,
+        "n_fc": n_fc,
+        "min_ctx": min_ctx,
+        "sinks": sinks,
+        "recent": recent,
+    }.items():
+        optional = name in ("n_fc", "min_ctx")
+        if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name} is {value!r}; a whole number{' or None' if optional else ''} is needed.")
+    if n_fc is not None and n_fc < 1:
+        raise ValueError(f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number.")
+    if budget < 1:
+        raise ValueError(f"budget is {budget}; it must be at least 1 cell.")
+    return Config(
+        budget=budget,
+        n_fc=n_fc or 0,
+        min_ctx=2 * budget if min_ctx is None else min_ctx,
+        sinks=sinks,
+        recent=recent,
+    )
+
+
+class Fasa:
+    """State and settings of FASA in one ``pyfasa.Llama``; reach it as ``llm.fasa``.
+
+    Settings take effect with the next decoded token: ``budget`` (cells attended per query head), ``n_fc`` (chunks
+    scored; None: the profile's own number), ``min_ctx`` (visible cells below which a token is dense), ``sinks`` and
+    ``recent`` (first and last visible cells, always attended), ``enabled``, ``verify`` (recompute the side index
+    before each use and compare; slow). A value out of range raises ValueError and changes nothing.
+    """
+
+    def __init__(self, config: Config, identity: ModelIdentity | None = None) -> None:
+        self._config = config
+        self._n_fc: int | None = config.n_fc or None
+        self._identity = identity
+        self._session: Session | None = None
+        self._profile: Profile | None = None
+        self._reason: str | None = "No context has been created yet."
+        self._min_ctx_follows = config.min_ctx == 2 * config.budget
+
+    # ---- state ----
+
+    @property
+    def active(self) -> bool:
+        """Whether long contexts are decoded sparsely."""
+        return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        """Why everything is dense, as a sentence; None when FASA is active."""
+        if self._reason is None and not self._config.enabled:
+            return "FASA is switched off; set llm.fasa.enabled = True."
+        return self._reason
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile in use."""
+        return self._profile
+
+    @property
+    def counters(self) -> Counters:
+        """What was replaced, what stayed dense and why, and how much was read, since the last ``reset()``."""
+        return self._live().counters()
+
+    @property
+    def timings(self) -> Timings:
+        """Nanoseconds per stage since the last ``reset()``."""
+        return self._live().timings()
+
+    def reset(self) -> None:
+        """Sets counters and timings to zero."""
+        self._live().reset()
+
+    def use(self, profile: Profile | None) -> None:
+        """Switches the live context to another profile, or to dense decoding with None.
+
+        The side index is rebuilt from the K cache at the next token. Raises ProfileError when the profile belongs to
+        another model, RuntimeError when this context cannot be sparse at all (see ``reason``).
+        """
+        session = self._live()
+        if profile is not None:
+            if self._identity is None:
+                raise ProfileError("The model could not be identified, so no profile can be checked against it.")
+            profile.check_model(self._identity)
+        session.set_profile(profile)
+        self._profile = profile
+        self._reason = None if profile is not None else "The context has no profile."
+        self._apply(self._config)
+
+    # ---- settings ----
+
+    @property
+    def budget(self) -> int:
+        """Cells attended per query head and token."""
+        return self._config.budget
+
+    @budget.setter
+    def budget(self, value: int) -> None:
+        checked = make_config(budget=value, sinks=0, recent=0)
+        self._apply(replace(
+            self._config,
+            budget=value,
+            min_ctx=checked.min_ctx if self._min_ctx_follows else self._config.min_ctx,
+        ))
+
+    @property
+    def n_fc(self) -> int:
+        """Chunks scored per KV head."""
+        if self._n_fc is not None:
+            return self._n_fc
+        return self._profile.n_fc if self._profile is not None else 0
+
+    @n_fc.setter
+    def n_fc(self, value: int | None) -> None:
+        make_config(n_fc=value)
+        previous, self._n_fc = self._n_fc, value
+        try:
+            self._apply(self._config)
+        except ValueError:
+            self._n_fc = previous
+            raise
+
+    @property
+    def min_ctx(self) -> int:
+        """Visible cells below which a token is decoded densely, bit-identical to llama.cpp."""
+        return self._config.min_ctx
+
+    @min_ctx.setter
+    def min_ctx(self, value: int | None) -> None:
+        checked = make_config(budget=self.budget, min_ctx=value, sinks=0, recent=0)
+        self._apply(replace(self._config, min_ctx=checked.min_ctx))
+        self._min_ctx_follows = value is None
+
+    @property
+    def sinks(self) -> int:
+        """First visible cells, always attended."""
+        return self._config.sinks
+
+    @sinks.setter
+    def sinks(self, value: int) -> None:
+        self._apply(replace(self._config, sinks=make_config(sinks=value).sinks))
+
+    @property
+    def recent(self) -> int:
+        """Last visible cells, always attended."""
+        return self._config.recent
+
+    @recent.setter
+    def recent(self, value: int) -> None:
+        self._apply(replace(self._config, recent=make_config(recent=value).recent))
+
+    @property
+    def enabled(self) -> bool:
+        """False: dense, as if pyfasa were not there."""
+        return self._config.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._apply(replace(self._config, enabled=bool(value)))
+
+    @property
+    def verify(self) -> bool:
+        """Recompute the side index before each use and count what differs; for debugging."""
+        return self._config.verify
+
+    @verify.setter
+    def verify(self, value: bool) -> None:
+        self._apply(replace(self._config, verify=bool(value)))
+
+    # ---- for the rest of the package ----
+
+    @contextmanager
+    def capturing(self) -> Iterator[Session]:
+        """Keeps the queries of all graphs computed inside the block; read them from the session."""
+        session = self._live()
+        session.captured_clear()
+        session.configure(replace(self._config, capture=True))
+        try:
+            yield session
+        finally:
+            session.configure(self._native_config(self._config))
+            session.captured_clear()
+
+    def _native_config(self, config: Config) -> Config:
+        return replace(config, n_fc=self.n_fc)
+
+    def _apply(self, config: Config) -> None:
+        if self._session is not None:
+            self._session.configure(self._native_config(config))
+        self._config = config
+
+    def _bind(self, session: Session | None, profile: Profile | None, reason: str | None) -> None:
+        self._session, self._profile, self._reason = session, profile, reason
+        self._apply(self._config)
+
+    def _live(self) -> Session:
+        if self._session is None:
+            raise RuntimeError(f"FASA is not attached to this context: {self._reason}")
+        return self._session

@@ -1,0 +1,258 @@
+"""bench: the synthetic state, repetitions that end where they began, and what it prints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pyfasa import benchmark
+from pyfasa.benchmark import Repetition, SequenceState, Settings, fill, read_state
+from pyfasa.cli import app
+from pyfasa.native import Counters, Timings
+
+N_REAL = 300
+
+
+def tokens(n: int) -> list[int]:
+    return np.random.default_rng(1).integers(100, 4000, n).tolist()
+
+
+def load(path: Path, type_k: str = "f16", n_ctx: int = 2048) -> llama_cpp.Llama:
+    """The host without pyfasa: filling works on any Llama."""
+    kind = benchmark.TYPES[type_k]
+    return llama_cpp.Llama(
+        str(path), n_ctx=n_ctx, flash_attn=True, type_k=kind, type_v=kind, verbose=False
+    )
+
+
+def logits(llm: llama_cpp.Llama, token: int) -> np.ndarray:
+    llm.eval([token])
+    row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).copy()
+
+
+@pytest.fixture(params=["f16", "q8_0"])
+def filled(request: pytest.FixtureRequest, tiny_model_path: Path) -> Iterator[llama_cpp.Llama]:
+    with closing(load(tiny_model_path, request.param)) as llm:
+        llm.eval(tokens(N_REAL))
+        yield llm
+
+
+def test_real_cells_give_the_same_logits(filled: llama_cpp.Llama) -> None:
+    state = read_state(filled)
+    expected = logits(filled, 7)
+    fill(filled, state, N_REAL)
+    assert filled.n_tokens == N_REAL
+    np.testing.assert_array_equal(logits(filled, 7), expected)
+
+
+def test_fewer_cells_are_a_prefix(filled: llama_cpp.Llama) -> None:
+    state = read_state(filled)
+    filled.n_tokens = 100
+    expected = logits(filled, 7)
+    fill(filled, state, 100)
+    np.testing.assert_array_equal(logits(filled, 7), expected)
+
+
+def test_stretched_state_is_what_llama_cpp_reads_back(filled: llama_cpp.Llama) -> None:
+    """All cells arrive, in order, at positions that decoding goes on from."""
+    state = read_state(filled)
+    fill(filled, state, 1500)
+    back = read_state(filled)
+    assert back.n_cell == 1500
+    wanted = SequenceState.parse(state.stretch(1500).tobytes())
+    for a, b in zip(back.tensors, wanted.tensors, strict=True):
+        np.testing.assert_array_equal(a.rows, b.rows)
+    memory = llama_cpp.llama_get_memory(filled.ctx)
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == 1499
+    assert np.isfinite(logits(filled, 7)).all()
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == 1500
+
+
+def test_keys_are_distinct_but_close(filled: llama_cpp.Llama) -> None:
+    state = read_state(filled)
+    wide = SequenceState.parse(state.stretch(1500).tobytes())
+    for tensor in wide.tensors[: len(wide.tensors) // 2]:
+        assert len(np.unique(tensor.rows, axis=0)) == 1500
+    # V rows are plain copies: they do not take part in the selection
+    n_values = [len(np.unique(s.tensors[-1].rows, axis=0)) for s in (state, wide)]
+    assert n_values[0] == n_values[1]
+    for tensor, real in zip(wide.tensors, state.tensors, strict=True):
+        np.testing.assert_array_equal(tensor.rows[:N_REAL], real.rows)
+
+
+def test_random_bits_keep_keys_finite_and_near() -> None:
+    rng = np.random.default_rng(0)
+    halves = rng.normal(size=(64, 128)).astype(np.float16)
+    rows = halves.copy().view(np.uint8)
+    benchmark._randomize(rows, benchmark.TYPES["f16"], rng)
+    changed = rows.view(np.float16)
+    assert (changed != halves).mean() > 0.9
+    np.testing.assert_allclose(changed, halves, rtol=0.07)
+
+    blocks = rng.integers(0, 256, (64, 4 * 34), np.uint8)
+    rows = blocks.copy()
+    benchmark._randomize(rows, benchmark.TYPES["q8_0"], rng)
+    before, after = (b.reshape(64, 4, 34) for b in (blocks, rows))
+    np.testing.assert_array_equal(after[:, :, :2], before[:, :, :2])
+    quants = after[:, :, 2:].view(np.int8).astype(int)
+    assert quants.min() >= -127
+    assert np.abs(quants - before[:, :, 2:].view(np.int8)).max() <= 7
+
+
+def test_empty_and_too_deep(filled: llama_cpp.Llama) -> None:
+    state = read_state(filled)
+    fill(filled, state, 0)
+    memory = llama_cpp.llama_get_memory(filled.ctx)
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == -1
+    with pytest.raises(ValueError, match="5000 does not fit a context of 2048"):
+        fill(filled, state, 5000)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda blob: b"",
+        lambda blob: blob[:-1],
+        lambda blob: blob + b"\0",
+        lambda blob: b"\0" + blob[1:],
+        lambda blob: blob[:8] + b"\2\0\0\0" + blob[12:],  # two streams
+    ],
+)
+def test_other_kinds_of_state_are_refused(filled: llama_cpp.Llama, damage: Any) -> None:
+    blob = read_state(filled).stretch(10).tobytes()
+    SequenceState.parse(blob)
+    with pytest.raises(ValueError, match="plain KV cache"):
+        SequenceState.parse(damage(blob))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("n_gen", 0, "n_gen is 0"),
+        ("repetitions", -1, "repetitions is -1"),
+        ("depths", (1024, -1), "negative"),
+        ("depths", (), "one or more"),
+        ("budgets", (0,), "at least 1"),
+        ("type_k", "q4_0", "q4_0"),
+    ],
+)
+def test_impossible_settings(field: str, value: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Settings(**{"model": Path("m.gguf"), field: value})
+
+
+COMMON = {
+    "machine": "a CPU, 2 cores",
+    "pyfasa_version": "1.2.3",
+    "llama_cpp_python_version": "0.3.36",
+    "build_commit": "abc",
+    "model_type": "llama 8B Q8_0",
+    "model_size": 2**20,
+    "model_n_params": 8_000_000,
+    "n_threads": 2,
+    "type_k": "f16",
+    "type_v": "q8_0",
+}
+
+
+def repetition(ns: int, nodes: dict[str, int], attended: int, stage_ns: int) -> Repetition:
+    zeros = {field.name: 0 for field in fields(Counters)}
+    counted = {"nodes": nodes, "cells_visible": 20 * attended, "cells_attended": attended}
+    timings = Timings(**{field.name: stage_ns for field in fields(Timings)})
+    return Repetition(ns, Counters(**(zeros | counted)), timings)
+
+
+def some_rows() -> list[benchmark.Row]:
+    """Dense at 100 tokens/s, FASA at 1000, of which 60 % of the time is in the stages."""
+    settings = Settings(model=Path("m.gguf"), n_gen=10, repetitions=2)
+    dense = [repetition(100_000_000, {"disabled": 60}, 0, 0)] * 2
+    nodes = {"sparse": 60, "prefill": 0}
+    fasa = [repetition(ns, nodes, 50, 1_000_000) for ns in (8_000_000, 12_000_000)]
+    return [
+        benchmark.row(COMMON, settings, 4096, None, 16, dense),
+        benchmark.row(COMMON, settings, 4096, 1024, 16, fasa),
+    ]
+
+
+def test_row_arithmetic() -> None:
+    dense, fasa = some_rows()
+    assert (dense["attention"], dense["budget"], dense["cells_read"]) == ("dense", None, 1.0)
+    assert dense["avg_ts"] == pytest.approx(100)
+    assert fasa["samples_ts"] == pytest.approx([1250, 833.33], rel=1e-4)
+    assert fasa["avg_ns"] == 10_000_000
+    assert fasa["stddev_ns"] == pytest.approx(2_828_427, rel=1e-6)
+    assert fasa["score_ns"] == pytest.approx(100_000)
+    assert fasa["rest_ns"] == pytest.approx(400_000)
+    assert fasa["cells_read"] == pytest.approx(0.05)
+    assert fasa["nodes"] == {"sparse": 120}
+    for key in ("n_prompt", "n_depth", "n_gen", "test_time", "stddev_ts"):
+        assert key in fasa
+
+
+def test_formats_hold_the_same_rows() -> None:
+    rows = some_rows()
+    assert json.loads(benchmark.FORMATS["json"](rows)) == rows
+    table = list(csv.DictReader(io.StringIO(benchmark.FORMATS["csv"](rows))))
+    assert [r["attention"] for r in table] == ["dense", "fasa"]
+    assert list(table[0]) == list(rows[0])
+    assert json.loads(table[1]["samples_ns"]) == rows[1]["samples_ns"]
+
+
+def test_markdown_tables_line_up() -> None:
+    text = benchmark.FORMATS["md"](some_rows())
+    speed, stages, machine = text.split("\n\n")
+    for table in (speed, stages):
+        assert len({len(line) for line in table.splitlines()}) == 1
+    dense, fasa = (line.split("|") for line in speed.splitlines()[2:])
+    assert dense[-2].strip() == "1.00"
+    assert fasa[-2].strip() == "10.42"
+    assert "tg10 @ d4096" in fasa[-4]
+    assert "100" in stages.splitlines()[2]
+    assert "pyfasa 1.2.3" in machine
+
+
+def test_bench_from_the_command_line(tiny_model_path: Path) -> None:
+    """Two depths, one below min_ctx: dense there, sparse at the other, and the cache unharmed."""
+    arguments = f"bench -m {tiny_model_path} -d 64,4096 -ctk q8_0 -ctv q8_0 -n 4 -r 2"
+    arguments += " --budget 128,256 -o json"
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(r["n_depth"], r["attention"], r["budget"]) for r in rows] == [
+        (depth, *kind)
+        for depth in (64, 4096)
+        for kind in (("dense", None), ("fasa", 128), ("fasa", 256))
+    ]
+    for row in rows:
+        assert len(row["samples_ts"]) == 2
+        assert min(row["samples_ts"]) > 0
+        sparse = row["attention"] == "fasa" and row["n_depth"] == 4096
+        n_nodes = 6 * 4 * 2  # layers, tokens, repetitions
+        assert row["nodes"].get("sparse", 0) == (n_nodes if sparse else 0)
+        assert sum(row["nodes"].values()) == n_nodes
+        if sparse:
+            assert row["cells_read"] == pytest.approx(row["budget"] / 4098, rel=0.01)
+            assert row["score_ns"] > 0
+        else:
+            assert row["cells_read"] == 1.0
+
+
+def test_bench_without_profile_is_one_sentence(tiny_model_path: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.gguf"
+    runner = CliRunner()
+    assert runner.invoke(app, ["remove", str(tiny_model_path), str(plain)]).exit_code == 0
+    result = runner.invoke(app, ["bench", "-m", str(plain), "-d", "64"])
+    assert result.exit_code == 1
+    assert "FASA is not active" in result.stderr
