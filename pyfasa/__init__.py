@@ -5,6 +5,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyfasa.calibrate import calibrate
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 
@@ -13,4 +14,4 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Llama", "Profile", "__version__"]
+__all__ = ["Llama", "Profile", "__version__", "calibrate"]

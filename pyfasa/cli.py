@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +112,7 @@ def run(
     if not text:
         raise typer.BadParameter("nothing to read: give a prompt with -p, documents with --file")
     from pyfasa.doctor import cpu
+    from pyfasa.errors import DenseWarning
     from pyfasa.llama import Llama
 
     tokens, n_ctx_train = console.prompt_tokens(model, text)
@@ -120,6 +122,8 @@ def run(
     if n_ctx > n_ctx_train > 0:
         console.note(f"warning: a context of {n_ctx} tokens; {model.name} knows {n_ctx_train}")
     cores = threads or cpu().cores
+    # the reason is told at the end
+    warnings.simplefilter("ignore", DenseWarning)
     llm = Llama(
         str(model),
         n_ctx=n_ctx,
@@ -173,14 +177,15 @@ def calibrate(
     force: Force = False,
 ) -> None:
     """Find the dominant frequency chunks of a model; writes a profile."""
-    import pyfasa
     from pyfasa.embed import sidecar_path
 
     path = output or sidecar_path(model)
     if path.exists() and not force:
         raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
+    from pyfasa.calibrate import calibrate as find_chunks
+
     chosen: dict[str, Any] = {"n_fc": n_fc, "n_ctx": ctx, "bits": bits}
-    profile = pyfasa.calibrate(
+    profile = find_chunks(
         str(model),
         [str(file) for file in text] if text else None,
         method=method,

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,11 +269,13 @@ def stream(
     pieces: list[str] = []
     made: list[int] = []
     first = last = 0.0
+    attached = _attached(llm)
     for token in llm.generate(tokens, temp=temp, repeat_penalty=1.0):
         last = time.perf_counter()
         if not made:
             first = last
-            llm.fasa.reset()
+            if attached:
+                llm.fasa.reset()
         made.append(token)
         if llama_cpp.llama_vocab_is_eog(vocabulary, token):
             break
@@ -282,15 +284,24 @@ def stream(
         write(piece)
         if len(made) >= max_tokens or llm.n_tokens + 1 >= llm.n_ctx():
             break
+    answer = Answer("".join(pieces), max(0, len(made) - 1), last - first, 1.0, {})
+    if not attached:
+        return answer
     counters = llm.fasa.counters
-    nodes = dict(counters.nodes)
-    return Answer(
-        text="".join(pieces),
-        n_steps=max(0, len(made) - 1),
-        decode_s=last - first,
-        cells_read=cells_read(nodes, counters.cells_visible, counters.cells_attended),
-        dense={name: n for name, n in nodes.items() if n and name != "sparse"},
+    return replace(
+        answer,
+        cells_read=cells_read(counters.nodes, counters.cells_visible, counters.cells_attended),
+        dense={name: n for name, n in counters.nodes.items() if n and name != "sparse"},
     )
+
+
+def _attached(llm: Llama) -> bool:
+    """Whether pyfasa counts in this model; not where it cannot run at all."""
+    try:
+        llm.fasa.reset()
+    except RuntimeError:
+        return False
+    return True
 
 
 def cells_read(nodes: dict[str, int], visible: int, attended: int) -> float:

@@ -22,8 +22,6 @@ from pyfasa.profile import Profile
 
 Status = Literal["ok", "note", "problem"]
 
-SUPPORTED = "0.3.36"  # of llama-cpp-python
-REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 # llama.cpp's feature -> the CPU flag it needs; the order is that of the report
@@ -134,6 +132,17 @@ def pyfasa_version() -> str:
         return "not installed"
 
 
+def rebuild() -> str:
+    """The command that builds llama-cpp-python anew here: pip would else take its cached wheel."""
+    name = "llama-cpp-python"
+    try:
+        wanted = importlib.metadata.requires("pyfasa") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    pinned = next((w for w in wanted if w.startswith(name)), name)
+    return f"pip install --force-reinstall --no-cache-dir --no-binary {name} '{pinned}'"
+
+
 def system_features(info: str) -> dict[str, frozenset[str]]:
     """`CPU : AVX2 = 1 | FMA = 1 | ` -> {"CPU": {"AVX2", "FMA"}}; what is 0 is left out."""
     found: dict[str, frozenset[str]] = {}
@@ -173,7 +182,7 @@ def judge_instructions(flags: frozenset[str], built: frozenset[str], _: str = ""
             "instruction sets",
             f"llama.cpp was built with {' '.join(lacks)}, which this CPU does not have",
             "problem",
-            f"it was built on another machine and will crash here; build it here: {REBUILD}",
+            f"it was built on another machine and will crash here; build it here: {rebuild()}",
         )
     # AMX is left out on purpose where it crashes, see judge_amx
     idle = [name for name in has if name not in uses and not name.startswith("AMX")]
@@ -182,7 +191,7 @@ def judge_instructions(flags: frozenset[str], built: frozenset[str], _: str = ""
             "instruction sets",
             f"{value}; the CPU also has {' '.join(idle)}",
             "note",
-            f"prefill may be faster with a build for this CPU: {REBUILD}",
+            f"prefill may be faster with a build for this CPU: {rebuild()}",
         )
     return Finding("instruction sets", value)
 
@@ -200,7 +209,7 @@ def judge_amx(flags: frozenset[str], built: frozenset[str], made_by: str) -> Fin
         "AMX",
         f"used by llama.cpp, compiled by {made_by}: Q4_0 and Q8_0 models crash (SIGSEGV)",
         "problem",
-        f'CMAKE_ARGS="{flags_line}" {REBUILD}',
+        f'CMAKE_ARGS="{flags_line}" {rebuild()}',
     )
 
 
@@ -215,18 +224,19 @@ def examine() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} on {platform.platform()}"),
         Finding("CPU", f"{machine.model}, {machine.cores} cores"),
     ]
-    loaded = _attempt("llama-cpp-python", _llama_cpp, REBUILD)
-    findings.append(loaded)
-    if loaded.status == "problem" and loaded.remedy == REBUILD:
-        return findings
+    try:
+        import llama_cpp  # noqa: F401
+    except Exception as error:
+        return [*findings, Finding("llama-cpp-python", str(error), "problem", rebuild())]
     return [
         *findings,
+        _attempt("llama-cpp-python", _llama_cpp, rebuild()),
         _attempt("ggml", _ggml, "reinstall pyfasa against the installed llama-cpp-python"),
-        _attempt("instruction sets", lambda: _judge(judge_instructions), REBUILD),
-        _attempt("AMX", lambda: _judge(judge_amx), REBUILD),
-        _attempt("devices", _devices, REBUILD),
+        _attempt("instruction sets", lambda: _judge(judge_instructions), rebuild()),
+        _attempt("AMX", lambda: _judge(judge_amx), rebuild()),
+        _attempt("devices", _devices, rebuild()),
         _attempt("pyfasa kernels", _kernels, "reinstall pyfasa"),
-        _attempt("hook", _hook, f"pip install llama-cpp-python=={SUPPORTED}, reinstall pyfasa"),
+        _attempt("hook", _hook, f"reinstall both: {rebuild()}, then pyfasa"),
     ]
 
 
@@ -254,14 +264,16 @@ def _devices() -> Finding:
 def _llama_cpp() -> Finding:
     import llama_cpp
 
+    from pyfasa.llama import SUPPORTED_LLAMA_CPP
+
     version = llama_cpp.__version__
-    if version == SUPPORTED:
+    if version == SUPPORTED_LLAMA_CPP:
         return Finding("llama-cpp-python", f"{version}, the supported version")
     return Finding(
         "llama-cpp-python",
-        f"{version}; this pyfasa supports {SUPPORTED}",
+        f"{version}; this pyfasa supports {SUPPORTED_LLAMA_CPP} only",
         "problem",
-        f"pip install llama-cpp-python=={SUPPORTED}",
+        f"pip install llama-cpp-python=={SUPPORTED_LLAMA_CPP}",
     )
 
 

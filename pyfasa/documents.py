@@ -20,25 +20,31 @@ from pyfasa.errors import HostError
 
 Tokenize = Callable[[str], Sequence[int]]
 
-_ADJECTIVES = (
-    "amber ancient azure bitter bold brave bright calm clever cosmic crimson curious daring "
-    "distant dizzy dusty eager electric faint fancy fierce floral foggy frosty gentle giant "
-    "golden happy hollow honest humble hungry icy jolly keen lazy lively lonely lucky lunar "
-    "mellow misty modest noble northern pale patient polar proud quaint quiet rapid rustic rusty "
-    "scarlet sharp shiny silver simple sleepy smooth snowy solar stormy sturdy sunny swift tender "
-    "tidy velvet violet vivid warm western wise young zesty"
-).split()
+_ADJECTIVES = re.findall(
+    r"\w+",
+    """
+    amber ancient azure bitter bold brave bright calm clever cosmic crimson curious daring distant
+    dizzy dusty eager electric faint fancy fierce floral foggy frosty gentle giant golden happy
+    hollow honest humble hungry icy jolly keen lazy lively lonely lucky lunar mellow misty modest
+    noble northern pale patient polar proud quaint quiet rapid rustic rusty scarlet sharp shiny
+    silver simple sleepy smooth snowy solar stormy sturdy sunny swift tender tidy velvet violet
+    vivid warm western wise young zesty
+    """,
+)
 
-_NOUNS = (
-    "almond anchor arrow badger banjo basket beetle blanket bottle bridge cactus candle canoe "
-    "canyon castle cedar cello cherry chisel clover cobalt comet compass cricket daisy desert "
-    "diamond dolphin dragon drum emerald engine falcon flute forest galaxy garden ginger glacier "
-    "glider granite hammer harbor helmet hornet island ladder lagoon lantern lemon lobster lotus "
-    "mango maple meadow meteor mirror mountain nebula opal orchid otter panda papaya pepper piano "
-    "pillow piston planet prairie quartz raven river rocket ruby saddle saffron salmon shield "
-    "sparrow spear spider tiger topaz trumpet tulip tundra turbine turtle valley violin wagon "
-    "walnut whale willow wizard"
-).split()
+_NOUNS = re.findall(
+    r"\w+",
+    """
+    almond anchor arrow badger banjo basket beetle blanket bottle bridge cactus candle canoe
+    canyon castle cedar cello cherry chisel clover cobalt comet compass cricket daisy desert
+    diamond dolphin dragon drum emerald engine falcon flute forest galaxy garden ginger glacier
+    glider granite hammer harbor helmet hornet island ladder lagoon lantern lemon lobster lotus
+    mango maple meadow meteor mirror mountain nebula opal orchid otter panda papaya pepper piano
+    pillow piston planet prairie quartz raven river rocket ruby saddle saffron salmon shield
+    sparrow spear spider tiger topaz trumpet tulip tundra turbine turtle valley violin wagon
+    walnut whale willow wizard
+    """,
+)
 
 # Not prose: tables, tests of odd encodings, generated text, other people's packages.
 _NOT_SOURCE = re.compile(
@@ -124,8 +130,8 @@ def make_document(
     n_tokens  the document has at most as many, and at most 1% (or 4 tokens, if that is more) fewer
     n_facts   1 to MAX_FACTS; each on a line of its own, no name or value twice in a document
     seed      equal arguments give an equal document on equal sources, so on one version of Python
-    digits    least and most digits of a value. The bundled model was trained on 4 to 7 and often
-              adds one to a shorter value, which says nothing about what it has found.
+    digits    least and most digits of a value. The bundled model was trained on 4 to 7; it finds
+              all of them, but the fewer there are, the more often its answer runs on.
     sources   folder of .py files; None: the standard library
 
     Raises ValueError if the facts need more tokens or the document needs more text than there are,

@@ -13,48 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pyfasa.console import cells_read, markdown, percent, stderr
 from pyfasa.documents import Document, Fact, ask, is_right, make_document
+from pyfasa.embed import find_profile
 from pyfasa.errors import HostError
 from pyfasa.profile import Profile
 
+if TYPE_CHECKING:
+    from pyfasa.handle import Fasa
+    from pyfasa.llama import Llama
+
 _MARGIN = 256  # tokens around a document: chat template, question, answer
 _SEEDS = 1_000_000  # keeps the documents apart from those of a calibration with a small seed
-
-
-class Handle(Protocol):
-    """What is used of `llm.fasa`."""
-
-    enabled: bool
-    budget: int
-    min_ctx: Any
-
-    @property
-    def active(self) -> bool: ...
-    @property
-    def reason(self) -> str | None: ...
-    @property
-    def profile(self) -> Profile | None: ...
-    @property
-    def counters(self) -> Any: ...  # nodes, cells_visible, cells_attended; they only grow
-    def use(self, profile: Profile | None) -> Any: ...
-
-
-class Model(Protocol):
-    """What is used of `pyfasa.Llama`."""
-
-    n_tokens: int
-
-    @property
-    def fasa(self) -> Handle: ...
-    def n_ctx(self) -> int: ...
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]: ...
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -187,7 +162,7 @@ class Results:
 
 
 def evaluate_retrieval(
-    llm: Model,
+    llm: Llama,
     *,
     n_tokens: int,
     n_questions: int,
@@ -201,7 +176,7 @@ def evaluate_retrieval(
     """Asks n_questions about documents of n_tokens tokens under every setting, greedily.
 
     n_facts  in a document; None: one per 200 tokens, about as in the bundled model's training
-    llm      gets its profile and configuration back, also after an error
+    llm      a `pyfasa.Llama`; gets its profile and settings back, also after an error
 
     min_ctx is the budget here: the selection is measured wherever there is something to select.
 
@@ -283,10 +258,11 @@ def standard_settings(
     return [Setting("dense"), *fasa]
 
 
-def _apply(fasa: Handle, setting: Setting) -> None:
+def _apply(fasa: Fasa, setting: Setting) -> None:
     fasa.enabled = False
     if setting.profile is None or setting.budget is None:
         return
+    fasa.n_fc = None
     fasa.use(setting.profile)
     fasa.budget = setting.budget
     fasa.min_ctx = setting.budget
@@ -299,13 +275,17 @@ def _apply(fasa: Handle, setting: Setting) -> None:
 
 
 @contextmanager
-def _restored(fasa: Handle) -> Iterator[None]:
-    profile, enabled, budget, min_ctx = fasa.profile, fasa.enabled, fasa.budget, fasa.min_ctx
+def _restored(fasa: Fasa) -> Iterator[None]:
+    profile, enabled, budget = fasa.profile, fasa.enabled, fasa.budget
+    # What follows the profile or the budget goes on to follow it.
+    n_fc = None if profile is None or fasa.n_fc == profile.n_fc else fasa.n_fc
+    min_ctx = None if fasa.min_ctx == 2 * budget else fasa.min_ctx
     try:
         yield
     finally:
-        fasa.use(profile)
-        fasa.budget, fasa.min_ctx, fasa.enabled = budget, min_ctx, enabled
+        if fasa.profile is not profile:
+            fasa.use(profile)
+        fasa.n_fc, fasa.budget, fasa.min_ctx, fasa.enabled = n_fc, budget, min_ctx, enabled
 
 
 def _spread(facts: Sequence[Fact], n: int) -> list[Fact]:
@@ -318,21 +298,19 @@ def _spread(facts: Sequence[Fact], n: int) -> list[Fact]:
     return [facts[(2 * i + 1) * len(facts) // (2 * n)] for i in range(n)]
 
 
-def _answer(llm: Model, document: Document, fact: Fact, max_tokens: int) -> str:
+def _answer(llm: Llama, document: Document, fact: Fact, max_tokens: int) -> str:
     """Greedy answer. Of what is in the cache, no more than the document is reused."""
     # A prompt that lacks only its last tokens would have those evaluated as decode steps.
     llm.n_tokens = min(llm.n_tokens, document.n_tokens)
-    found = llm.create_chat_completion(
-        messages=ask(fact.question, document.text),
-        temperature=0.0,
-        repeat_penalty=1.0,
-        max_tokens=max_tokens,
+    messages: Any = ask(fact.question, document.text)
+    found: Any = llm.create_chat_completion(
+        messages, temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens
     )
-    return found["choices"][0]["message"]["content"] or ""
+    return str(found["choices"][0]["message"]["content"] or "")
 
 
 def _row(
-    llm: Model, document: Document, number: int, fact: Fact, setting: Setting, max_tokens: int
+    llm: Llama, document: Document, number: int, fact: Fact, setting: Setting, max_tokens: int
 ) -> Row:
     old = llm.fasa.counters
     answer = _answer(llm, document, fact, max_tokens)
@@ -371,11 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from pyfasa.calibrate import calibrate
     from pyfasa.llama import Llama
 
+    found = chosen.profile or find_profile(chosen.model)
     variance = calibrate(chosen.model, method="variance", seed=chosen.seed)
     agreement = calibrate(chosen.model, method="agreement", seed=chosen.seed)
+    bundled = Profile.load(found) if found else variance
     n_ctx = chosen.tokens + _MARGIN
-    llm = Llama(chosen.model, n_ctx=n_ctx, profile=chosen.profile, flash_attn=True, verbose=False)
-    bundled = llm.fasa.profile or variance
+    llm = Llama(chosen.model, n_ctx=n_ctx, profile=bundled, verbose=False)
     results = evaluate_retrieval(
         llm,
         n_tokens=chosen.tokens,

@@ -194,15 +194,13 @@ class Fasa:
 
     @contextmanager
     def capturing(self) -> Iterator[Session]:
-        """Keeps the queries of all graphs computed inside the block; read them from the session."""
+        """Inside the block the queries of every graph are kept, in ``session.captured``, until it is cleared."""
         session = self._live()
-        session.captured_clear()
         session.configure(replace(self._config, capture=True))
         try:
             yield session
         finally:
             session.configure(self._native_config(self._config))
-            session.captured_clear()
 
     def _native_config(self, config: Config) -> Config:
         return replace(config, n_fc=self.n_fc)

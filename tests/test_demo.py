@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_right_counts_values_only() -> None:
 
 def test_table_and_totals() -> None:
     asked = [Asked(FACT, DENSE, FASA), Asked(FACT, DENSE, replace(FASA, text="no idea"))]
-    screen = Console(width=140, record=True, quiet=True)
+    screen = Console(width=140, file=io.StringIO(), record=True)
     screen.print(demo.table(asked))
     text = screen.export_text()
     for word in ("amber falcon", "48213", "right", "wrong", "10.0 x", "5 %"):

@@ -265,6 +265,7 @@ def test_samples_depend_on_seed_and_index_alone(texts: Path, tmp_path: Path) -> 
         ("--suffix", ".none", "no text found: no file ending in .none"),
         ("--stage", "2048", "stage '2048' is not CONTEXTxBATCHxSTEPS"),
         ("--stage", "32768x1x1", "tokens of text and one document takes 32769"),
+        ("--device", "tpu9", "device 'tpu9' is not known; choose cpu"),
         ("--stage", "16x1x1", "a context of 16 tokens is too short"),
     ],
 )
@@ -278,9 +279,8 @@ def test_mistakes_are_answered_with_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = {"--out": str(tmp_path / "run"), "--text": str(texts), "--stage": "128x1x1"}
-    arguments[option] = value
-    flat = [word for pair in arguments.items() for word in pair]
-    assert train.main([*flat, "--device", "cpu", "--workers", "0"]) == 1
+    arguments |= {"--device": "cpu", "--workers": "0", option: value}
+    assert train.main([word for pair in arguments.items() for word in pair]) == 1
     assert sentence in capsys.readouterr().err
 
 

@@ -169,6 +169,26 @@ def start(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint(args.variant, config, stages, args.seed, args.learning_rate, 0, {}, {})
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is."""
+    has_cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError:
+        raise RecipeError(f"device {name!r} is not known; choose cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not has_cuda):
+        raise RecipeError(f"device {name!r} cannot be used by this PyTorch; choose cpu.")
+    return device
+
+
+def count(value: str) -> int:
+    """A number of 1 or more, for argparse."""
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """Options of the command line."""
     p = argparse.ArgumentParser(prog="python -m models.recipe.train", description=__doc__)
@@ -189,16 +209,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--type", choices=WEIGHT_TYPES, default="q8_0", help="weights of the GGUF file")
     p.add_argument("--device", help="default: cuda if there is one")
     p.add_argument("--workers", type=int, default=4, help="processes that make documents")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--log-every", type=int, default=100, help="steps between lines of progress")
+    p.add_argument("--save-every", type=count, default=500, help="steps between checkpoints")
+    p.add_argument("--log-every", type=count, default=100, help="steps between lines of progress")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = parser().parse_args(arguments)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
+        device = pick_device(args.device)
         state = start(args)
         run = Run(args.out, state, device, args.workers)
         if not args.resume:

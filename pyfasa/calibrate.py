@@ -1,0 +1,228 @@
+"""Calibration: which frequency chunks of a model predict its attention.
+
+Queries and keys come from the running graph: llama.cpp evaluates the text, and the core keeps the queries of the
+tokens that look far back (answers to questions about the document) and reads the keys from the KV cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pyfasa import reference
+from pyfasa.documents import Document, make_document
+from pyfasa.errors import ModelFileError
+from pyfasa.identity import ModelIdentity
+from pyfasa.llama import Llama, check_host
+from pyfasa.profile import Profile
+from pyfasa.ranking import METHODS
+
+F64 = npt.NDArray[np.float64]
+
+DOCUMENTS = 2
+FACTS = 16
+QUERIES_OF_TEXT = 128  # of a user's text, the last tokens ask
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Token runs of one document, in order; the queries of runs marked True are used."""
+
+    runs: list[tuple[list[int], bool]]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(tokens) for tokens, _ in self.runs)
+
+
+def calibrate(
+    model_path: str | os.PathLike[str],
+    texts: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    method: str = "variance",
+    n_fc: int | None = None,
+    bits: int = 4,
+    n_ctx: int = 4096,
+    seed: int = 0,
+    progress: bool = True,
+) -> Profile:
+    """Ranks the chunks of every layer and KV head of a model.
+
+    Parameters
+    ----------
+    model_path : a GGUF model of an architecture with NORM or NEOX rope.
+    texts : files to calibrate on, each cut to n_ctx tokens; its last 128 tokens give the queries. None: two documents
+        of standard-library text with hidden facts, and the model's chat template around questions about them.
+    method : "variance" (of each chunk's contribution to the score) or "agreement" (the paper's ranking).
+    n_fc : chunks in use by default; None is half of them. All are ranked and stored, so it can change at run time.
+    bits : 2, 4 or 8 per dim of the side index.
+    n_ctx : tokens of a document, at least 512.
+    seed : of the documents; equal seeds give equal profiles.
+    progress : show a progress bar on stderr.
+
+    Raises
+    ------
+    ValueError : an argument out of its range, or a text that is too short.
+    ProfileError, ModelFileError (both ValueError) : a model without frequency chunks, or no model.
+    HostError : llama.cpp cannot be decorated.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    if n_ctx < 512:
+        raise ValueError(f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts.")
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits is {bits}; it must be 2, 4 or 8.")
+    check_host()
+    identity = ModelIdentity.read(os.fspath(model_path))
+    n_chunk = identity.head_dim // 2
+    if n_fc is not None and not 1 <= n_fc <= n_chunk:
+        raise ValueError(f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks.")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+               TimeElapsedColumn())
+    importance = np.zeros((identity.n_layer, identity.n_head_kv, n_chunk))
+    digest = hashlib.sha256()
+    n_queries = 0
+    n_samples = DOCUMENTS if texts is None else len(texts)
+    if n_samples == 0:
+        raise ValueError("texts is an empty list; name files, or leave it out for the built-in documents.")
+    room = n_ctx + 1024  # questions and answers follow the document
+    with (
+        closing(Llama(model_path, profile=False, n_ctx=room, n_threads=os.cpu_count(), verbose=False)) as llm,
+        Progress(*columns, disable=not progress, transient=True, console=Console(stderr=True)) as bar,
+    ):
+        task = bar.add_task("calibrating", total=n_samples * (identity.n_layer + 1))
+        for sample in _samples(llm, texts, n_ctx, seed):
+            digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
+            for layer, values in _rank_sample(llm, identity, sample, method):
+                bar.advance(task)
+                if layer is not None:
+                    importance[layer] += values
+            n_queries += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
+
+    order = np.argsort(-importance, axis=2, kind="stable").astype(np.uint16)
+    known = importance.sum(axis=2, keepdims=True) > 0  # a layer that was never seen stays dense
+    return Profile(
+        identity=identity,
+        chunks=order,
+        bits=np.where(known, bits, 0).astype(np.uint8) * np.ones_like(order, np.uint8),
+        center=None,
+        scale=None,
+        n_fc=n_chunk // 2 if n_fc is None else n_fc,
+        method=method,
+        data_name="Python standard library with hidden facts" if texts is None else _names(texts),
+        data_sha256=digest.hexdigest(),
+        n_ctx=n_ctx,
+        n_queries=n_queries,
+        seed=seed,
+        created_by=f"pyfasa {_own_version()}",
+    )
+
+
+def _rank_sample(
+    llm: Llama, identity: ModelIdentity, sample: _Sample, method: str
+) -> Iterator[tuple[int | None, F64]]:
+    """Evaluates a sample, then yields (layer, importance (n_head_kv, n_chunk)); first (None, nothing)."""
+    dims = reference.chunk_dims(identity.head_dim, identity.n_rot, identity.rope)
+    llm.reset()
+    with llm.fasa.capturing() as session:
+        session.captured_clear()
+    for tokens, wanted in sample.runs:
+        with llm.fasa.capturing() if wanted else nullcontext():
+            llm.eval(tokens)
+    yield None, np.zeros(0)
+    group = identity.n_head // identity.n_head_kv
+    for layer in range(identity.n_layer):
+        values = np.zeros((identity.n_head_kv, len(dims)))
+        try:
+            queries = session.captured(layer)
+        except RuntimeError:  # a layer without a replaceable attention node
+            yield layer, values
+            continue
+        keys = session.keys(layer, identity.n_head_kv, identity.head_dim, 0, sample.n_tokens)
+        for h in range(identity.n_head_kv):
+            own = queries[:, h * group : (h + 1) * group]
+            values[h] = METHODS[method](own, np.ascontiguousarray(keys[:, h]), dims)
+        yield layer, values
+
+
+def _samples(
+    llm: Llama, texts: Sequence[str | os.PathLike[str]] | None, n_ctx: int, seed: int
+) -> Iterator[_Sample]:
+    if texts is None:
+        for i in range(DOCUMENTS):
+            yield _with_questions(llm, n_ctx, seed * DOCUMENTS + i)
+        return
+    for text in texts:
+        path = Path(text)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ModelFileError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
+        tokens = llm.tokenize(content, add_bos=True)[:n_ctx]
+        if len(tokens) < 512:
+            raise ValueError(f"{path} has {len(tokens)} tokens; a calibration text needs at least 512.")
+        yield _Sample([(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)])
+
+
+def _with_questions(llm: Llama, n_ctx: int, seed: int) -> _Sample:
+    """A document in the model's chat template, then every question with its answer as further turns."""
+
+    def tokenize(text: str, *, start: bool = False) -> list[int]:
+        return list(llm.tokenize(text.encode(), add_bos=start, special=True))
+
+    document = make_document(tokenize, n_ctx - 64, FACTS, seed)
+    turns = _turns(llm, document)
+    # Only answers are counted: each of their tokens is found by looking back at one place of the document.
+    return _Sample([(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)])
+
+
+def _turns(llm: Llama, document: Document) -> list[tuple[str, bool]]:
+    """Text runs, True for answers. Without a chat template: questions and answers on lines of their own."""
+    template = llm.metadata.get("tokenizer.chat_template")
+    rng = np.random.default_rng(len(document.text))
+    facts = [document.facts[i] for i in rng.permutation(len(document.facts))]
+    if template is None:
+        runs = [(document.text, False)]
+        for fact in facts:
+            runs += [(f"\n\nQuestion: {fact.question}\nAnswer: ", False), (fact.answer, True)]
+        return runs
+    formatter = Jinja2ChatFormatter(
+        template=template,
+        eos_token=llm._model.token_get_text(llm.token_eos()) if llm.token_eos() != -1 else "",
+        bos_token="",
+    )
+    messages: list[dict[str, str]] = []
+    runs = []
+    done = ""
+    for i, fact in enumerate(facts):
+        content = f"{document.text}\n\n{fact.question}" if i == 0 else fact.question
+        messages.append({"role": "user", "content": content})
+        prompt = formatter(messages=messages).prompt
+        shared = os.path.commonprefix([done, prompt])
+        runs += [(prompt[len(shared) :], False), (fact.answer, True)]
+        done = prompt + fact.answer
+        messages.append({"role": "assistant", "content": fact.answer})
+    return runs
+
+
+def _names(texts: Sequence[str | os.PathLike[str]]) -> str:
+    return ", ".join(Path(text).name for text in texts)
+
+
+def _own_version() -> str:
+    try:
+        return version("pyfasa")
+    except PackageNotFoundError:
+        return "from a source tree"
