@@ -195,9 +195,8 @@ class Settings:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("n_gen", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if min(self.n_gen, self.repetitions) < 1:
+            raise ValueError(f"n_gen is {self.n_gen}, repetitions {self.repetitions}; both need 1")
         if not self.depths or min(self.depths) < 0:
             raise ValueError(f"depths are {self.depths}; give one or more, none negative")
         if not self.budgets or min(self.budgets) < 1:
@@ -243,10 +242,9 @@ def bench(settings: Settings, progress: Callable[[str], None] = lambda _: None) 
     """Yields a row per depth and attention: dense first, then FASA with each budget."""
     from pyfasa.llama import Llama
 
-    depth_max = max(settings.depths)
     llm = Llama(
         str(settings.model),
-        n_ctx=max(depth_max, REAL_CELLS) + settings.n_gen + 8,
+        n_ctx=max(REAL_CELLS, *settings.depths) + settings.n_gen + 8,
         n_threads=settings.n_threads,
         n_threads_batch=settings.n_threads,
         type_k=settings.type_k,
@@ -354,10 +352,9 @@ def to_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
+    nested = (list, dict)
     for r in rows:
-        writer.writerow(
-            {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in r.items()}
-        )
+        writer.writerow({k: json.dumps(v) if isinstance(v, nested) else v for k, v in r.items()})
     return text.getvalue().rstrip("\n")
 
 
@@ -392,11 +389,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     ]
     if stages:
         parts.append(markdown(stages))
-    build = rows[0]
-    parts.append(
-        f"{build['machine']}; pyfasa {build['pyfasa_version']}, llama-cpp-python "
-        f"{build['llama_cpp_python_version']} (ggml {build['build_commit']})"
-    )
+    build = "{machine}; pyfasa {pyfasa_version}, llama-cpp-python {llama_cpp_python_version}"
+    parts.append(build.format_map(rows[0]))
     return "\n\n".join(parts)
 
 

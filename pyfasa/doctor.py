@@ -266,15 +266,11 @@ def _llama_cpp() -> Finding:
 
     from pyfasa.llama import SUPPORTED_LLAMA_CPP
 
-    version = llama_cpp.__version__
+    topic, version = "llama-cpp-python", llama_cpp.__version__
     if version == SUPPORTED_LLAMA_CPP:
-        return Finding("llama-cpp-python", f"{version}, the supported version")
-    return Finding(
-        "llama-cpp-python",
-        f"{version}; this pyfasa supports {SUPPORTED_LLAMA_CPP} only",
-        "problem",
-        f"pip install llama-cpp-python=={SUPPORTED_LLAMA_CPP}",
-    )
+        return Finding(topic, f"{version}, the supported version")
+    value = f"{version}; this pyfasa supports {SUPPORTED_LLAMA_CPP} only"
+    return Finding(topic, value, "problem", f"pip install {topic}=={SUPPORTED_LLAMA_CPP}")
 
 
 def _ggml() -> Finding:
@@ -310,13 +306,11 @@ def examine_model(
         model = ModelIdentity.read(path)
     except ValueError as error:
         return [Finding("model", str(error), "problem")]
-    findings = [
-        Finding(
-            "model",
-            f"{model.name}: {model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_head_kv} KV heads, head size {model.head_dim}, rope {model.rope}",
-        )
-    ]
+    about = (
+        f"{model.name}: {model.architecture}, {model.n_layer} layers, {model.n_head} heads, "
+        f"{model.n_head_kv} KV heads, head size {model.head_dim}, rope {model.rope}"
+    )
+    findings = [Finding("model", about)]
     calibrate = f"pyfasa calibrate {path}"
     try:
         source = find_profile(path)
@@ -338,11 +332,7 @@ def examine_model(
         ),
     ]
     if live:
-        findings.append(
-            _attempt(
-                "decode", lambda: _decode(path, type_k, type_v), "run with --debug to see where"
-            )
-        )
+        findings.append(_attempt("decode", lambda: _decode(path, type_k, type_v), ""))
     return findings
 
 

@@ -141,7 +141,7 @@ def test_other_kinds_of_state_are_refused(filled: llama_cpp.Llama, damage: Any) 
     ("field", "value", "word"),
     [
         ("n_gen", 0, "n_gen is 0"),
-        ("repetitions", -1, "repetitions is -1"),
+        ("repetitions", -1, "repetitions -1"),
         ("depths", (1024, -1), "negative"),
         ("depths", (), "one or more"),
         ("budgets", (0,), "at least 1"),

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from pyfasa import console
 from pyfasa.cli import app
+from pyfasa.profile import Profile
 
 COMMANDS = [
     "run",
@@ -124,6 +125,29 @@ def test_calibrate_keeps_what_is_there(tiny_model_path: Path, tmp_path: Path) ->
     code, _, err = call("calibrate", tiny_model_path, "-o", target)
     assert_sentence(code, err, "mine.gguf", "--force")
     assert target.read_bytes() == b"mine"
+
+
+def test_calibrate_writes_a_profile_that_fits(tiny_model_path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine.gguf"
+    options = ("--ctx", 512, "--n-fc", 8, "--bits", 2, "--seed", 3)
+    code, _, err = call("calibrate", tiny_model_path, "-o", target, *options)
+    assert code == 0, err
+    profile = Profile.load(target)
+    assert (profile.n_fc, profile.n_ctx, profile.seed) == (8, 512, 3)
+    assert set(profile.bits.ravel()) == {2}
+    assert call("embed", tiny_model_path, tmp_path / "out.gguf", "--profile", target)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--method", "magic"), ("--bits", 3), ("--n-fc", 99), ("--ctx", 10)]
+)
+def test_calibrate_with_impossible_settings(
+    tiny_model_path: Path, tmp_path: Path, option: str, value: object
+) -> None:
+    target = tmp_path / "mine.gguf"
+    code, _, err = call("calibrate", tiny_model_path, "-o", target, option, value)
+    assert_sentence(code, err, str(value))
+    assert not target.exists()
 
 
 def test_embed_without_profile_says_how_to_get_one(tmp_path: Path) -> None:

@@ -24,17 +24,19 @@ struct RowQ80 {
 static constexpr int kTile  = 64;
 static constexpr int kAhead = 12;
 
-static inline void prefetch_row(const uint8_t * row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) {
+static inline void prefetch_row(const uint8_t * row, int bytes) {
+    for (int i = 0; i < bytes; i += 64) {
         __builtin_prefetch(row + i);
     }
-    __builtin_prefetch(row + bytes - 1);
+    if (bytes % 64 != 0) { // a row that does not start on a cache line reaches into one more
+        __builtin_prefetch(row + bytes - 1);
+    }
 }
 
-template <typename R> static inline float dot_row(const uint8_t * row, const float * q, int32_t dim) {
+template <typename R> static inline float dot_row(const uint8_t * row, const float * q, int n_block) {
     constexpr int NV  = 32 / V::W;
     typename V::F acc = V::set(0.0f);
-    for (int32_t b = 0; b < dim / 32; ++b) {
+    for (int b = 0; b < n_block; ++b) {
         const typename R::Block block{row + b * R::kBlock};
         typename V::F           sum = V::mul(block.at(0), V::load(q + 32 * b));
         for (int i = 1; i < NV; ++i) {
@@ -67,14 +69,17 @@ static inline void add_slice(const uint8_t * const * rows, const float * weights
     }
 }
 
-template <typename RK, typename RV>
-static void attend_types(const fasa_kv & kv, const float * q, const int32_t * cells, int64_t n, float * m, float * d,
-                         float * o) {
-    const auto *  k       = static_cast<const uint8_t *>(kv.k);
-    const auto *  v       = static_cast<const uint8_t *>(kv.v);
-    const int64_t k_bytes = kv.k_dim / 32 * RK::kBlock;
-    const int64_t v_bytes = kv.v_dim / 32 * RV::kBlock;
-    const float   scale   = kv.softcap != 0.0f ? kv.scale / kv.softcap : kv.scale;
+// DIM: head size of both K and V known when compiling, so that the loops over a row unroll; 0: any.
+template <typename RK, typename RV, int DIM>
+static void attend_dim(const fasa_kv & kv, const float * q, const int32_t * cells, int64_t n, float * m, float * d,
+                       float * o) {
+    const auto * k       = static_cast<const uint8_t *>(kv.k);
+    const auto * v       = static_cast<const uint8_t *>(kv.v);
+    const int    k_block = (DIM != 0 ? DIM : kv.k_dim) / 32;
+    const int    v_block = (DIM != 0 ? DIM : kv.v_dim) / 32;
+    const int    k_bytes = k_block * RK::kBlock;
+    const int    v_bytes = v_block * RV::kBlock;
+    const float  scale   = kv.softcap != 0.0f ? kv.scale / kv.softcap : kv.scale;
     for (int64_t first = 0; first < n; first += kTile) {
         const int       size = static_cast<int>(std::min<int64_t>(kTile, n - first));
         float           weights[kTile];
@@ -87,7 +92,7 @@ static void attend_types(const fasa_kv & kv, const float * q, const int32_t * ce
             if (first + t + kAhead < n) {
                 prefetch_row(k + cells[first + t + kAhead] * kv.k_stride, k_bytes);
             }
-            float logit = scale * dot_row<RK>(k + cell * kv.k_stride, q, kv.k_dim);
+            float logit = scale * dot_row<RK>(k + cell * kv.k_stride, q, k_block);
             logit       = kv.softcap != 0.0f ? kv.softcap * std::tanh(logit) : logit;
             logit += kv.mask != nullptr ? V::half(kv.mask + cell) : 0.0f;
             weights[t] = logit;
@@ -100,7 +105,7 @@ static void attend_types(const fasa_kv & kv, const float * q, const int32_t * ce
             const float old = std::exp(*m - top);
             *m              = top;
             *d *= old;
-            for (int32_t i = 0; i < kv.v_dim; i += V::W) {
+            for (int i = 0; i < 32 * v_block; i += V::W) {
                 V::store(o + i, V::mul(V::load(o + i), V::set(old)));
             }
         }
@@ -113,12 +118,24 @@ static void attend_types(const fasa_kv & kv, const float * q, const int32_t * ce
         }
         *d += V::sum(sum);
         int b = 0;
-        for (; b + 2 <= kv.v_dim / 32; b += 2) {
+        for (; b + 2 <= v_block; b += 2) {
             add_slice<RV, 2>(rows, weights, size, b, o);
         }
-        if (b < kv.v_dim / 32) {
+        if (b < v_block) {
             add_slice<RV, 1>(rows, weights, size, b, o);
         }
+    }
+}
+
+template <typename RK, typename RV>
+static void attend_types(const fasa_kv & kv, const float * q, const int32_t * cells, int64_t n, float * m, float * d,
+                         float * o) {
+    if (kv.k_dim == 64 && kv.v_dim == 64) {
+        attend_dim<RK, RV, 64>(kv, q, cells, n, m, d, o);
+    } else if (kv.k_dim == 128 && kv.v_dim == 128) {
+        attend_dim<RK, RV, 128>(kv, q, cells, n, m, d, o);
+    } else {
+        attend_dim<RK, RV, 0>(kv, q, cells, n, m, d, o);
     }
 }
 

@@ -6,9 +6,25 @@
 namespace fasa {
 namespace {
 
+// For each mask of 8 lanes, the lanes that are set, in order.
+struct Front {
+    uint8_t lane[256][8];
+    constexpr Front() : lane() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int n = 0;
+            for (int i = 0; i < 8; ++i) {
+                if ((mask >> i & 1) != 0) {
+                    lane[mask][n++] = static_cast<uint8_t>(i);
+                }
+            }
+        }
+    }
+};
+constexpr Front kFront;
+
 struct V {
     static constexpr int      W        = 8;
-    static constexpr int      kQueries = 2; // 8 accumulators and 4 code vectors fit the 16 registers
+    static constexpr int      kQueries = 2; // they share the unpacking of codes
     static constexpr uint32_t kLanes   = 0xff;
 
     using F     = __m256;
@@ -22,6 +38,7 @@ struct V {
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F exp(F a) {
         const F n = _mm256_round_ps(mul(a, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -58,6 +75,20 @@ struct V {
         const __m256i on   = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
         return _mm256_blendv_ps(set(other), a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, lane)));
     }
+    using Count = __m256i;
+    static Count count_zero() { return _mm256_setzero_si256(); }
+    static Count count_add(Count c, F x, F t) { // a true lane is -1
+        return _mm256_sub_epi32(c, _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GE_OQ)));
+    }
+    static int64_t count_sum(Count c) {
+        alignas(32) int32_t lanes[W];
+        _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), c);
+        int64_t sum = 0;
+        for (const int32_t lane : lanes) {
+            sum += lane;
+        }
+        return sum;
+    }
     static void store_peaks(float * p, F a) { store(p, a); }
 
     // Products of a pair stay below 2 * 3 * 127, 2 * 15 * 127, 2 * 255 * 64: this many fit into int16.
@@ -75,14 +106,16 @@ struct V {
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, q)); }
     static F total(Acc a) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
 
-    static int64_t collect(const float * x, int64_t n, float t, float * values, int32_t * cells) {
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; i += W) { // few lanes pass: visiting set bits beats a permutation table
-            for (uint32_t bits = at_least(load(x + i), set(t)); bits != 0; bits &= bits - 1) {
-                const int64_t at = i + __builtin_ctz(bits);
-                values[kept]     = x[at];
-                cells[kept++]    = static_cast<int32_t>(at);
-            }
+    // Appends the cells of a block that reach t. The lanes of a vector that do are moved to its front by a
+    // permutation from a table: a branch per cell would be mispredicted.
+    static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
+        for (int32_t i = 0; i < FASA_BLOCK_CELLS; i += W) {
+            const F        v    = load(x + i);
+            const uint32_t bits = at_least(v, set(t));
+            const __m256i  lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kFront.lane[bits])));
+            store(values + kept, _mm256_permutevar8x32_ps(v, lane));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(cells + kept), _mm256_add_epi32(lane, _mm256_set1_epi32(first + i)));
+            kept += __builtin_popcount(bits);
         }
         return kept;
     }

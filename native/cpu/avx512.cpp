@@ -22,6 +22,7 @@ struct V {
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F exp(F a) {
         const F n = _mm512_roundscale_ps(mul(a, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -50,6 +51,10 @@ struct V {
     static F keep(uint32_t bits, F a, float other) {
         return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), set(other), a);
     }
+    using Count = int64_t;
+    static Count count_zero() { return 0; }
+    static Count count_add(Count c, F x, F t) { return c + __builtin_popcount(at_least(x, t)); }
+    static int64_t count_sum(Count c) { return c; }
     static void store_peaks(float * p, F a) {
         _mm256_storeu_ps(p, _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
     }
@@ -69,18 +74,16 @@ struct V {
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm512_dpbusd_epi32(acc, u, q); }
     static F total(Acc a) { return _mm512_cvtepi32_ps(a); }
 
-    static int64_t collect(const float * x, int64_t n, float t, float * values, int32_t * cells) {
+    static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        int64_t       kept = 0;
-        for (int64_t i = 0; i < n; i += W) {
+        for (int32_t i = 0; i < FASA_BLOCK_CELLS; i += W) {
+            // Compress in registers and store whole vectors: the compressing store is microcoded on some CPUs.
             const F         v    = load(x + i);
             const __mmask16 mask = _mm512_cmp_ps_mask(v, set(t), _CMP_GE_OQ);
-            if (mask != 0) {
-                const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(i)), lane);
-                _mm512_mask_compressstoreu_ps(values + kept, mask, v);
-                _mm512_mask_compressstoreu_epi32(cells + kept, mask, at);
-                kept += __builtin_popcount(mask);
-            }
+            const __m512i   at   = _mm512_add_epi32(_mm512_set1_epi32(first + i), lane);
+            store(values + kept, _mm512_maskz_compress_ps(mask, v));
+            _mm512_storeu_si512(cells + kept, _mm512_maskz_compress_epi32(mask, at));
+            kept += __builtin_popcount(mask);
         }
         return kept;
     }

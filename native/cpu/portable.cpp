@@ -35,6 +35,7 @@ struct V {
     static F sub(const F & a, const F & b) { return each([&](int i) { return a.x[i] - b.x[i]; }); }
     static F mul(const F & a, const F & b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
     static F fma(const F & a, const F & b, const F & c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
+    static F fms(const F & a, const F & b, const F & c) { return each([&](int i) { return a.x[i] * b.x[i] - c.x[i]; }); }
     static F max(const F & a, const F & b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
     static F exp(const F & a) { return each([&](int i) { return a.x[i] < kExpMin ? 0.0f : std::exp(a.x[i]); }); }
 
@@ -60,6 +61,15 @@ struct V {
     static F keep(uint32_t bits, const F & a, float other) {
         return each([&](int i) { return (bits >> i & 1u) != 0 ? a.x[i] : other; });
     }
+    using Count = int64_t;
+    static Count count_zero() { return 0; }
+    static Count count_add(Count c, const F & x, const F & t) {
+        for (int i = 0; i < W; ++i) {
+            c += x.x[i] >= t.x[i] ? 1 : 0;
+        }
+        return c;
+    }
+    static int64_t count_sum(Count c) { return c; }
     static void store_peaks(float * p, const F & a) { store(p, a); }
 
     static int max_macs(int) { return 1 << 20; }
@@ -91,11 +101,10 @@ struct V {
     }
     static F total(const Acc & a) { return each([&](int i) { return static_cast<float>(a.x[i]); }); }
 
-    static int64_t collect(const float * x, int64_t n, float t, float * values, int32_t * cells) {
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; ++i) { // no branch: the write is overtaken when the value is not kept
+    static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
+        for (int32_t i = 0; i < FASA_BLOCK_CELLS; ++i) { // no branch: what is not kept is overwritten
             values[kept] = x[i];
-            cells[kept]  = static_cast<int32_t>(i);
+            cells[kept]  = first + i;
             kept += x[i] >= t ? 1 : 0;
         }
         return kept;

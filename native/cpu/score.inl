@@ -28,44 +28,47 @@ static inline void score_half(const Segment & segment, int s, const uint8_t * bl
                               const ScoreQuery * const * queries, typename V::F (*out)[32 / V::W]) {
     constexpr int   NV    = 32 / V::W;
     const uint8_t * steps = block + segment.offset;
-    const uint8_t * quads = steps + kStepsBytes;
-    typename V::F   sum[NQ][NV];
+    const uint8_t * quad  = steps + kStepsBytes;
+    const int8_t *  q_codes[NQ];
+    typename V::F   q_step[NQ];
+    typename V::F   bias[NQ];
     for (int q = 0; q < NQ; ++q) {
-        for (int v = 0; v < NV; ++v) {
-            sum[q][v] = V::set(0.0f);
-        }
+        q_codes[q] = queries[q]->codes + segment.slot;
+        q_step[q]  = V::set(queries[q]->step[s]);
+        bias[q]    = V::set(queries[q]->bias[s]);
     }
-    for (int j0 = 0; j0 < segment.n_quad; j0 += V::max_macs(BITS)) {
-        const int       j1 = std::min(segment.n_quad, j0 + V::max_macs(BITS));
+    int left = segment.n_quad;
+    do {
+        const int       n = std::min(left, V::max_macs(BITS));
         typename V::Acc acc[NQ][NV];
         for (int q = 0; q < NQ; ++q) {
             for (int v = 0; v < NV; ++v) {
                 acc[q][v] = V::acc_zero();
             }
         }
-        for (int j = j0; j < j1; ++j) {
+        for (int j = 0; j < n; ++j) {
             typename V::Bytes codes[NV];
-            unpack<BITS>(quads + j * (FASA_BLOCK_CELLS * 4 * BITS / 8), half, codes);
+            unpack<BITS>(quad, half, codes);
+            quad += FASA_BLOCK_CELLS * 4 * BITS / 8;
             for (int q = 0; q < NQ; ++q) {
-                const typename V::Bytes quad = V::quad(queries[q]->codes + segment.slot + 4 * j);
+                const typename V::Bytes four = V::quad(q_codes[q] + 4 * j);
                 for (int v = 0; v < NV; ++v) {
-                    acc[q][v] = V::mac(acc[q][v], codes[v], quad);
+                    acc[q][v] = V::mac(acc[q][v], codes[v], four);
                 }
             }
         }
-        for (int q = 0; q < NQ; ++q) {
-            for (int v = 0; v < NV; ++v) {
-                sum[q][v] = V::add(sum[q][v], V::total(acc[q][v]));
+        for (int v = 0; v < NV; ++v) {
+            const typename V::F step = V::load_f16(steps + 2 * (32 * half + V::W * v));
+            for (int q = 0; q < NQ; ++q) {
+                out[q][v] = V::fma(step, V::fms(V::total(acc[q][v]), q_step[q], bias[q]), out[q][v]);
             }
         }
-    }
-    for (int v = 0; v < NV; ++v) {
-        const typename V::F step = V::load_f16(steps + 2 * (32 * half + V::W * v));
+        left -= n;
         for (int q = 0; q < NQ; ++q) {
-            const typename V::F level = V::sub(V::mul(sum[q][v], V::set(queries[q]->step[s])), V::set(queries[q]->bias[s]));
-            out[q][v]                 = V::fma(step, level, out[q][v]);
+            q_codes[q] += 4 * n;
+            bias[q] = V::set(0.0f); // taken off once
         }
-    }
+    } while (left > 0);
 }
 
 template <int NQ>

@@ -1,0 +1,105 @@
+// A decoder that is all attention: one layer's K and V cache on a CPU backend, and graphs as llama.cpp builds them.
+#pragma once
+
+#include <ggml-backend.h>
+#include <ggml.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "fasa.h"
+#include "harness.h"
+
+namespace fasa_test {
+
+struct ContextFree {
+    void operator()(ggml_context * c) const { ggml_free(c); }
+};
+struct BackendFree {
+    void operator()(ggml_backend_t b) const { ggml_backend_free(b); }
+};
+struct BufferFree {
+    void operator()(ggml_backend_buffer_t b) const { ggml_backend_buffer_free(b); }
+};
+struct SessionFree {
+    void operator()(fasa_session * s) const { fasa_session_free(s); }
+};
+using Context = std::unique_ptr<ggml_context, ContextFree>;
+using Backend = std::unique_ptr<ggml_backend, BackendFree>;
+using Buffer  = std::unique_ptr<ggml_backend_buffer, BufferFree>;
+using Session = std::unique_ptr<fasa_session, SessionFree>;
+
+Backend new_backend();
+void    set_threads(const Backend & backend, int n);
+
+struct Shape {
+    int32_t   head_dim  = 64;
+    int32_t   n_head    = 4;
+    int32_t   n_head_kv = 2;
+    int64_t   n_cell    = 256;
+    ggml_type k_type    = GGML_TYPE_F16;
+    ggml_type v_type    = GGML_TYPE_F16;
+    float     softcap   = 0.0f;
+    bool      sinks     = false;
+
+    float       scale() const;
+    std::string text() const;
+};
+
+// All chunks of every head at `bits` bits; `arrays` own what `view` points to.
+struct AllChunks {
+    std::vector<uint16_t> chunks;
+    std::vector<uint8_t>  bits;
+    fasa_profile          view;
+
+    explicit AllChunks(const Shape & shape, uint8_t bits = 4, int32_t n_layer = 1);
+};
+
+fasa_config config_of(int32_t budget);
+
+Session       new_session(const fasa_profile * profile, const fasa_config & config);
+Backend       decorated_backend(const Session & session);
+fasa_counters counters_of(const Session & session);
+
+// One decode step: which cells get new rows, who is visible, and the numbers.
+struct Step {
+    std::vector<int64_t>  cells;
+    std::vector<uint16_t> mask; // f16 [n_kv, n_rows]
+    std::vector<float>    k, v; // [head_dim * n_head_kv, cells]
+    std::vector<float>    q;    // [head_dim, n_rows, n_head]
+    std::vector<float>    sinks;
+    int64_t               n_rows = 1;
+};
+
+// `cells` are written; cells below n_seen are visible, a few of them hidden.
+Step random_step(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> cells, int64_t n_seen);
+
+class Decoder {
+  public:
+    // Nodes that tests add to a graph, before or after the attention node.
+    using Extra = std::function<std::vector<ggml_tensor *>(ggml_context *, const Decoder &)>;
+
+    Decoder(const Shape & shape, const Backend & backend);
+
+    std::vector<float> run(const Step & step, const Extra & before = nullptr, const Extra & after = nullptr);
+
+    // Frees the caches before the decoder goes.
+    void free_cache() { buffer_.reset(); }
+
+    const Shape & shape() const { return shape_; }
+    ggml_tensor * k_cache() const { return k_; }
+    ggml_tensor * v_cache() const { return v_; }
+
+  private:
+    ggml_tensor * view(ggml_context * ctx, ggml_tensor * cache, int64_t n_kv) const;
+
+    Shape          shape_;
+    ggml_backend_t backend_;
+    Context        ctx_;
+    ggml_tensor *  k_;
+    ggml_tensor *  v_;
+    Buffer         buffer_;
+};
+
+} // namespace fasa_test
