@@ -88,8 +88,8 @@ void finish(const NodeWork & w, const State & s, int64_t head, int64_t row) {
         }
     }
     const float inv = *s.d == 0.0f ? 0.0f : 1.0f / *s.d;
-    auto *      out = reinterpret_cast<float *>(static_cast<char *>(w.node->data) + head * w.node->nb[1] +
-                                           row * w.node->nb[2]);
+    auto *      out =
+        reinterpret_cast<float *>(static_cast<char *>(w.node->data) + head * w.node->nb[1] + row * w.node->nb[2]);
     for (int64_t i = 0; i < v_dim; ++i) {
         out[i] = s.o[i] * inv;
     }
@@ -123,7 +123,7 @@ fasa_kv kv_of(const NodeWork & w, int64_t head, int64_t row) {
     kv.v_dim    = static_cast<int32_t>(v->ne[0]);
     kv.scale    = w.scale;
     kv.softcap  = w.softcap;
-    kv.mask = reinterpret_cast<const uint16_t *>(static_cast<const char *>(mask->data) + row * mask->nb[1]);
+    kv.mask     = reinterpret_cast<const uint16_t *>(static_cast<const char *>(mask->data) + row * mask->nb[1]);
     return kv;
 }
 
@@ -160,7 +160,7 @@ void select_head(const NodeWork & w, int64_t head) {
     float *       scores  = w.scratch->scores.get() + head * n_cell;
     float *       peaks   = w.scratch->peaks.get() + head * n_block * FASA_PEAKS;
     for (const int32_t cell : *w.forced) {
-        scores[cell] = std::numeric_limits<float>::max();
+        scores[cell]                                                    = std::numeric_limits<float>::max();
         peaks[cell / FASA_BLOCK_CELLS * FASA_PEAKS + cell % FASA_PEAKS] = std::numeric_limits<float>::max();
     }
     w.scratch->n_selected[head] =
@@ -170,11 +170,11 @@ void select_head(const NodeWork & w, int64_t head) {
 
 // attend for one of `n_split` equal parts of a head's selection.
 void attend_part(const NodeWork & w, int64_t head, int split, int n_split) {
-    const int64_t n     = w.scratch->n_selected[head];
-    const int64_t first = n * split / n_split;
-    const int64_t last  = n * (split + 1) / n_split;
+    const int64_t   n     = w.scratch->n_selected[head];
+    const int64_t   first = n * split / n_split;
+    const int64_t   last  = n * (split + 1) / n_split;
     const int32_t * cells = w.scratch->cells.get() + head * w.plan.visible->n_block * FASA_BLOCK_CELLS;
-    const State   s     = state_of(w, head, split);
+    const State     s     = state_of(w, head, split);
     clear(s, w.node->ne[0]);
     w.kernels->attend(kv_of(w, head, 0), query(w, head, 0), cells + first, last - first, s.m, s.d, s.o);
 }

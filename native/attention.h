@@ -23,12 +23,12 @@ class SpinBarrier {
 
 // Work space, grown before the graph runs and shared by its nodes; per query head unless said otherwise.
 struct Scratch {
-    Aligned<float>   scores;  // [64 * n_block]
-    Aligned<float>   peaks;   // [8 * n_block]
-    Aligned<float>   values;  // [64 * n_block]
-    Aligned<int32_t> cells;   // [64 * n_block]
-    Aligned<float>   states;  // [kMaxSplits * (2 + head_dim_v)]: m, d, o
-    int64_t          n_head = 0, n_block = 0;
+    Aligned<float>       scores; // [64 * n_block]
+    Aligned<float>       peaks;  // [8 * n_block]
+    Aligned<float>       values; // [64 * n_block]
+    Aligned<int32_t>     cells;  // [64 * n_block]
+    Aligned<float>       states; // [kMaxSplits * (2 + head_dim_v)]: m, d, o
+    int64_t              n_head = 0, n_block = 0;
     std::vector<int64_t> n_selected;
 
     static constexpr int kMaxSplits = 64;
@@ -36,21 +36,21 @@ struct Scratch {
 };
 
 struct NodeWork {
-    ggml_tensor *        node;
-    Plan                 plan;
-    float                scale, softcap; // the node's own op_params are overlaid while it is replaced
-    SideIndex *          index;  // nullptr while capturing
-    const Kernels *      kernels;
-    const fasa_config *  config;
+    ggml_tensor *                node;
+    Plan                         plan;
+    float                        scale, softcap; // the node's own op_params are overlaid while it is replaced
+    SideIndex *                  index;          // nullptr while capturing
+    const Kernels *              kernels;
+    const fasa_config *          config;
     const std::vector<int32_t> * forced; // cells that are selected whatever their score
-    Scratch *            scratch;
-    SpinBarrier *        barrier;
-    fasa_timings *       timings;  // written by thread 0
-    std::atomic<int64_t> * n_attended;
-    std::atomic<int64_t> * bytes_attended;
-    std::atomic<int64_t> * n_indexed;
-    std::atomic<int64_t> * n_verify_failures;
-    float *              captured; // f32 [head_dim, n_head, n_rows], or nullptr
+    Scratch *                    scratch;
+    SpinBarrier *                barrier;
+    fasa_timings *               timings; // written by thread 0
+    std::atomic<int64_t> *       n_attended;
+    std::atomic<int64_t> *       bytes_attended;
+    std::atomic<int64_t> *       n_indexed;
+    std::atomic<int64_t> *       n_verify_failures;
+    float *                      captured; // f32 [head_dim, n_head, n_rows], or nullptr
 };
 
 // The ggml_custom_op_t; userdata is a NodeWork.

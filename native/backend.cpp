@@ -27,11 +27,11 @@ struct DecoratedBuffer {
 };
 
 struct Registry {
-    std::mutex                                                  mutex;
-    std::unordered_map<ggml_backend_t, DecoratedBackend>        backends;
-    std::unordered_map<ggml_backend_buffer_t, DecoratedBuffer>  buffers;
-    std::unordered_map<const Session *, int>                    sessions;
-    decltype(seam::DeviceInterface::init_backend)               inner_init = nullptr;
+    std::mutex                                                 mutex;
+    std::unordered_map<ggml_backend_t, DecoratedBackend>       backends;
+    std::unordered_map<ggml_backend_buffer_t, DecoratedBuffer> buffers;
+    std::unordered_map<const Session *, int>                   sessions;
+    decltype(seam::DeviceInterface::init_backend)              inner_init = nullptr;
 };
 
 Registry & registry() {
@@ -117,7 +117,8 @@ void decorate(ggml_backend_t backend, Session * session) {
 // ---- device ----------------------------------------------------------------------------------------------------
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char * params) {
-    const ggml_backend_t backend = registry().inner_init(device, params);
+    const auto           inner   = registry().inner_init;
+    const ggml_backend_t backend = inner != nullptr ? inner(device, params) : nullptr;
     if (backend != nullptr && armed != nullptr) {
         decorate(backend, armed);
     }
@@ -138,7 +139,9 @@ const char * library_of(const void * address) {
     return dladdr(address, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : "";
 }
 
-template <typename F> const char * library_of_slot(F * slot) { return library_of(reinterpret_cast<const void *>(slot)); }
+template <typename F> const char * library_of_slot(F * slot) {
+    return library_of(reinterpret_cast<const void *>(slot));
+}
 
 } // namespace
 
@@ -156,13 +159,14 @@ void check_seam() {
     }
     const seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
     const std::string             home  = library_of_slot(iface.get_name);
-    const bool                    slots = !home.empty() && home == library_of_slot(iface.get_description) &&
+    const bool slots = !home.empty() && home == library_of_slot(iface.get_description) &&
                        home == library_of_slot(iface.get_type) &&
                        (iface.init_backend == device_init_backend || home == library_of_slot(iface.init_backend));
     if (!slots || std::strcmp(iface.get_name(cpu_device()), ggml_backend_dev_name(cpu_device())) != 0 ||
         std::strcmp(iface.get_description(cpu_device()), ggml_backend_dev_description(cpu_device())) != 0) {
-        fail(FASA_STATUS_HOST, "The CPU device of this ggml %s build is laid out differently from the one pyfasa knows; "
-                               "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
+        fail(FASA_STATUS_HOST,
+             "The CPU device of this ggml %s build is laid out differently from the one pyfasa knows; "
+             "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
              loaded);
     }
 }
@@ -170,7 +174,7 @@ void check_seam() {
 void register_session(Session * session) {
     check_seam();
     const std::lock_guard<std::mutex> lock(registry().mutex);
-    registry().sessions[session] = 1;
+    registry().sessions[session]  = 1;
     seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
     if (iface.init_backend != device_init_backend) {
         registry().inner_init = iface.init_backend;

@@ -23,10 +23,10 @@ const char * fasa_last_error(void);
 /* ---- constants ---------------------------------------------------------------------------------------- */
 
 typedef enum fasa_constant {
-    FASA_BLOCK_CELLS   = 64,  /* cells of an index block */
-    FASA_PEAKS         = 8,   /* peaks of a block: peak g is the best score of cells 64 b + 8 i + g */
-    FASA_MAX_HEAD_DIM  = 256,
-    FASA_MAX_GROUP     = 64   /* query heads of one KV head */
+    FASA_BLOCK_CELLS  = 64, /* cells of an index block */
+    FASA_PEAKS        = 8,  /* peaks of a block: peak g is the best score of cells 64 b + 8 i + g */
+    FASA_MAX_HEAD_DIM = 256,
+    FASA_MAX_GROUP    = 64 /* query heads of one KV head */
 } fasa_constant;
 
 typedef enum fasa_rope {
@@ -35,8 +35,8 @@ typedef enum fasa_rope {
 } fasa_rope;
 
 typedef enum fasa_kv_type { /* the values of ggml_type */
-    FASA_KV_F16  = 1,
-    FASA_KV_Q8_0 = 8
+                            FASA_KV_F16  = 1,
+                            FASA_KV_Q8_0 = 8
 } fasa_kv_type;
 
 typedef enum fasa_isa {
@@ -100,17 +100,17 @@ fasa_status fasa_select(int32_t isa, const float * scores, const float * peaks, 
 
 /* The K and V of one KV head as they lie in the cache. */
 typedef struct fasa_kv {
-    const void *     k;        /* cell 0 */
+    const void *     k; /* cell 0 */
     const void *     v;
     int64_t          k_stride; /* bytes from cell to cell */
     int64_t          v_stride;
-    int32_t          k_type;   /* fasa_kv_type */
+    int32_t          k_type; /* fasa_kv_type */
     int32_t          v_type;
-    int32_t          k_dim;    /* a multiple of 32 up to 256 */
+    int32_t          k_dim; /* a multiple of 32 up to 256 */
     int32_t          v_dim;
     float            scale;
-    float            softcap;  /* 0: none */
-    const uint16_t * mask;     /* f16 [n_kv], or NULL; added to the scaled scores */
+    float            softcap; /* 0: none */
+    const uint16_t * mask;    /* f16 [n_kv], or NULL; added to the scaled scores */
 } fasa_kv;
 
 /* attend: exact softmax attention of one query over n cells (the paper's FAC, eq. 7), unnormalized.
@@ -184,11 +184,11 @@ typedef struct fasa_config {
 typedef struct fasa_session fasa_session;
 
 typedef struct fasa_counters {
-    int64_t graphs;          /* graphs seen */
-    int64_t nodes[15];       /* attention nodes by fasa_reason */
-    int64_t cells_visible;   /* summed over sparse nodes and their query heads and rows */
+    int64_t graphs;        /* graphs seen */
+    int64_t nodes[15];     /* attention nodes by fasa_reason */
+    int64_t cells_visible; /* summed over sparse nodes and their query heads and rows */
     int64_t cells_attended;
-    int64_t cells_indexed;   /* index entries (re)written, counted once per layer */
+    int64_t cells_indexed; /* index entries (re)written, counted once per layer */
     int64_t cells_verified;
     int64_t verify_failures; /* entries that differed from the K cache; anything but 0 is a bug */
     int64_t stale_events;    /* K changed by other means than SET_ROWS */
@@ -203,9 +203,9 @@ typedef struct fasa_timings { /* ns on the first worker thread, summed over spar
     int64_t score;
     int64_t select;
     int64_t attend;
-    int64_t wait;   /* for the other threads */
-    int64_t plan;   /* in the decorator, once per graph */
-    int64_t total;  /* inside graph_compute, of graphs with sparse nodes */
+    int64_t wait;  /* for the other threads */
+    int64_t plan;  /* in the decorator, once per graph */
+    int64_t total; /* inside graph_compute, of graphs with sparse nodes */
 } fasa_timings;
 
 /* Version of ggml that this library was built against, and of the one in this process. */

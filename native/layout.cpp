@@ -139,7 +139,7 @@ void Layout::write(const float * key, uint8_t * block, int32_t cell) const {
             const CodePlace at   = code_place(segment.bits, cell, i % 4);
             uint8_t *       byte = steps + kStepsBytes + (i / 4) * quad_bytes(segment.bits) + at.byte;
             const uint32_t  code = i < n_used ? codes.u[i] : 0u;
-            *byte = static_cast<uint8_t>((*byte & ~(mask << at.shift)) | (code << at.shift));
+            *byte                = static_cast<uint8_t>((*byte & ~(mask << at.shift)) | (code << at.shift));
         }
     }
 }

@@ -40,7 +40,7 @@ struct Layout {
 };
 
 constexpr int32_t kMaxSlots   = FASA_MAX_HEAD_DIM + 3 * 2; // each segment may end in half a quad of padding
-constexpr int64_t kStepsBytes = FASA_BLOCK_CELLS * 2; // f16
+constexpr int64_t kStepsBytes = FASA_BLOCK_CELLS * 2;      // f16
 
 inline int64_t quad_bytes(int32_t bits) { return FASA_BLOCK_CELLS * 4 * bits / 8; }
 

@@ -3,7 +3,6 @@
 #include <ggml-backend.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -39,8 +38,8 @@ bool mask_is_readable(const ggml_tensor * mask, int64_t n_kv, int64_t n_rows) {
 // (llama-kv-cache.cpp, attn_rot_k) decides.
 int32_t rotation_block(const ggml_tensor * node) {
     const ggml_tensor * t = node->src[0];
-    while (t->op == GGML_OP_PERMUTE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_TRANSPOSE ||
-           t->op == GGML_OP_CONT) {
+    while (t->op == GGML_OP_PERMUTE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE ||
+           t->op == GGML_OP_TRANSPOSE || t->op == GGML_OP_CONT) {
         t = t->src[0];
     }
     if (t->op == GGML_OP_MUL_MAT && t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) {
@@ -49,7 +48,7 @@ int32_t rotation_block(const ggml_tensor * node) {
     const int64_t head_dim = node->src[1]->ne[0];
     const char *  disabled = std::getenv("LLAMA_ATTN_ROT_DISABLE");
     if (t->op != GGML_OP_NONE || !ggml_is_quantized(node->src[1]->type) || head_dim % 64 != 0 ||
-        (disabled != nullptr && std::atoi(disabled) != 0)) {
+        (disabled != nullptr && std::strtol(disabled, nullptr, 10) != 0)) {
         return 0;
     }
     int32_t block = 64;
@@ -70,8 +69,8 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t row) {
     const auto * p     = reinterpret_cast<const uint16_t *>(static_cast<const char *>(mask->data) + row * mask->nb[1]);
     auto &       entry = rows_[p];
     if (entry == nullptr) {
-        entry            = std::make_unique<Visible>();
-        const int64_t n  = mask->ne[0];
+        entry           = std::make_unique<Visible>();
+        const int64_t n = mask->ne[0];
         entry->words.assign((n + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS, 0);
         for (int64_t b = 0; b < static_cast<int64_t>(entry->words.size()); ++b) {
             const int64_t size = std::min<int64_t>(FASA_BLOCK_CELLS, n - b * FASA_BLOCK_CELLS);
@@ -88,14 +87,18 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t row) {
 }
 
 ggml_tensor * cache_root(const ggml_tensor * view, int32_t * layer) {
-    ggml_tensor * root = view->view_src;
-    int32_t       il   = -1;
-    int           end  = 0;
-    // Exactly "cache_k_l<number>": names of other tensors may begin like it.
-    if (root == nullptr || std::sscanf(root->name, "cache_k_l%d%n", &il, &end) != 1 || root->name[end] != '\0') {
+    static const char prefix[] = "cache_k_l";
+    ggml_tensor *     root     = view->view_src;
+    if (root == nullptr || std::strncmp(root->name, prefix, sizeof(prefix) - 1) != 0) {
         return nullptr;
     }
-    *layer = il;
+    const char * digits = root->name + sizeof(prefix) - 1;
+    char *       end    = nullptr;
+    const long   number = std::strtol(digits, &end, 10);
+    if (end == digits || *end != '\0' || number < 0 || number > INT16_MAX) { // names of others may begin like it
+        return nullptr;
+    }
+    *layer = static_cast<int32_t>(number);
     return root;
 }
 
@@ -137,7 +140,7 @@ fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profil
     }
     const int32_t group = out->n_head_kv > 0 ? out->n_head / out->n_head_kv : 0;
     const bool    heads = group > 0 && group <= FASA_MAX_GROUP && out->n_head == group * out->n_head_kv &&
-                       v->ne[2] == k->ne[2] && v->ne[1] >= n_kv && v->ne[0] == node->ne[0];
+                          v->ne[2] == k->ne[2] && v->ne[1] >= n_kv && v->ne[0] == node->ne[0];
     if (!heads) {
         return FASA_REASON_SHAPE;
     }
@@ -180,7 +183,8 @@ const ReasonWords kReasons[FASA_REASON_COUNT] = {
     {"shape", "Heads or head size of the node are not those of the profile."},
     {"alibi", "The layer adds a position bias (ALiBi); frequency chunks do not predict it."},
     {"mask", "The attention mask is missing or not readable before the graph runs."},
-    {"kv_type", "No kernel for this type or head size of K or V; f16 and q8_0 with heads of 32 to 256 in steps of 32 exist."},
+    {"kv_type",
+     "No kernel for this type or head size of K or V; f16 and q8_0 with heads of 32 to 256 in steps of 32 exist."},
     {"kv_memory", "The KV cache is not in host memory."},
     {"no_cache", "K is not a view of a KV cache tensor."},
     {"n_kv_max", "The model was trained sparse and selects by itself."},

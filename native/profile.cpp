@@ -41,7 +41,7 @@ std::shared_ptr<const Profile::Layouts> Profile::layouts(int32_t n_fc) const {
         for (int32_t h = 0; h < n_head_kv; ++h) {
             const size_t    row  = static_cast<size_t>(il) * n_head_kv + h;
             const uint8_t * bits = bits_.data() + row * n_ranked_;
-            const int32_t   n = static_cast<int32_t>(std::find(bits, bits + limit, 0) - bits);
+            const int32_t   n    = static_cast<int32_t>(std::find(bits, bits + limit, 0) - bits);
             if (n == 0) {
                 (*result)[il].clear(); // one head without chunks leaves the layer dense
                 break;

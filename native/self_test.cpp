@@ -16,12 +16,12 @@ namespace fasa {
 
 namespace {
 
-constexpr int     kHeadDim = 32;
-constexpr int     kHeads   = 4;
-constexpr int     kHeadsKv = 2;
-constexpr int     kCells   = 256;
-constexpr int     kSeen    = 200;
-constexpr double  kMaxNmse = 5e-4; // what llama.cpp allows between its own backends for flash attention
+constexpr int    kHeadDim = 32;
+constexpr int    kHeads   = 4;
+constexpr int    kHeadsKv = 2;
+constexpr int    kCells   = 256;
+constexpr int    kSeen    = 200;
+constexpr double kMaxNmse = 5e-4; // what llama.cpp allows between its own backends for flash attention
 
 struct ContextFree {
     void operator()(ggml_context * c) const { ggml_free(c); }
@@ -50,21 +50,22 @@ void fill(ggml_tensor * t, float shift) {
 }
 
 std::vector<float> run_graph(ggml_backend_t backend) {
-    const ggml_init_params                     params = {1 << 20, nullptr, true};
+    const ggml_init_params                           params = {1 << 20, nullptr, true};
     const std::unique_ptr<ggml_context, ContextFree> ctx(ggml_init(params));
-    ggml_context *                             c       = ctx.get();
-    ggml_tensor *                              k_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
-    ggml_tensor *                              v_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
-    ggml_tensor *                              q       = ggml_new_tensor_4d(c, GGML_TYPE_F32, kHeadDim, 1, kHeads, 1);
-    ggml_tensor *                              mask    = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, 1);
+    ggml_context *                                   c = ctx.get();
+    ggml_tensor * k_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
+    ggml_tensor * v_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
+    ggml_tensor * q       = ggml_new_tensor_4d(c, GGML_TYPE_F32, kHeadDim, 1, kHeads, 1);
+    ggml_tensor * mask    = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, 1);
     ggml_set_name(k_cache, "cache_k_l0");
     ggml_set_name(v_cache, "cache_v_l0");
     const auto view = [&](ggml_tensor * cache) {
-        return ggml_permute(c, ggml_view_4d(c, cache, kHeadDim, kHeadsKv, kCells, 1, kHeadDim * 2, cache->nb[1],
-                                            cache->nb[2], 0), 0, 2, 1, 3);
+        return ggml_permute(
+            c, ggml_view_4d(c, cache, kHeadDim, kHeadsKv, kCells, 1, kHeadDim * 2, cache->nb[1], cache->nb[2], 0), 0, 2,
+            1, 3);
     };
-    ggml_tensor * out = ggml_flash_attn_ext(c, q, view(k_cache), view(v_cache), mask, 1.0f / std::sqrt(float(kHeadDim)),
-                                            0.0f, 0.0f);
+    ggml_tensor * out =
+        ggml_flash_attn_ext(c, q, view(k_cache), view(v_cache), mask, 1.0f / std::sqrt(float(kHeadDim)), 0.0f, 0.0f);
     ggml_cgraph * graph = ggml_new_graph(c);
     ggml_build_forward_expand(graph, out);
     const std::unique_ptr<ggml_backend_buffer, BufferFree> buffer(ggml_backend_alloc_ctx_tensors(c, backend));
@@ -108,12 +109,12 @@ void self_test() {
         }
     }
     const std::vector<uint8_t> bits(chunks.size(), 4);
-    const fasa_profile profile = {1, kHeadsKv, kHeadDim, kHeadDim, FASA_ROPE_NORM, kHeadDim / 2, chunks.data(),
-                                  bits.data(), nullptr, nullptr};
-    fasa_config        config  = {};
-    config.enabled             = 1;
-    config.budget              = kCells;
-    config.isa                 = FASA_ISA_AUTO;
+    const fasa_profile         profile = {
+        1, kHeadsKv, kHeadDim, kHeadDim, FASA_ROPE_NORM, kHeadDim / 2, chunks.data(), bits.data(), nullptr, nullptr};
+    fasa_config config = {};
+    config.enabled     = 1;
+    config.budget      = kCells;
+    config.isa         = FASA_ISA_AUTO;
     Session session(&profile, config);
     register_session(&session);
     struct Guard {
@@ -125,8 +126,9 @@ void self_test() {
     arm(nullptr);
     const std::vector<float> actual = run_graph(decorated.get());
     if (session.counters().nodes[FASA_REASON_SPARSE] != 1) {
-        fail(FASA_STATUS_HOST, "The attach self-test's attention node was not replaced; this build of llama.cpp does not "
-                               "call the decorated backend. Decoding stays dense.");
+        fail(FASA_STATUS_HOST,
+             "The attach self-test's attention node was not replaced; this build of llama.cpp does not "
+             "call the decorated backend. Decoding stays dense.");
     }
     double error = 0;
     double power = 0;
@@ -135,8 +137,10 @@ void self_test() {
         power += std::pow(static_cast<double>(expected[i]), 2);
     }
     if (!(error <= kMaxNmse * power)) {
-        fail(FASA_STATUS_HOST, "The attach self-test's attention differs from llama.cpp's by NMSE %.2g, above %.2g. "
-                               "Decoding stays dense.", error / power, kMaxNmse);
+        fail(FASA_STATUS_HOST,
+             "The attach self-test's attention differs from llama.cpp's by NMSE %.2g, above %.2g. "
+             "Decoding stays dense.",
+             error / power, kMaxNmse);
     }
 }
 

@@ -12,6 +12,8 @@ namespace fasa {
 
 namespace {
 
+static_assert(sizeof(fasa_counters::nodes) / sizeof(int64_t) == FASA_REASON_COUNT, "a counter per reason");
+
 int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -83,7 +85,7 @@ void Session::configure(const fasa_config & config) {
 
 ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    const int64_t                     start = now_ns();
+    const int64_t                               start = now_ns();
     try {
         scan(graph);
         reserve_scratch();
@@ -124,8 +126,8 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
 
 // Everything that must be known before the graph runs: which nodes are replaced and which cells of K are rewritten.
 void Session::scan(ggml_cgraph * graph) {
-    const int            n_nodes = ggml_graph_n_nodes(graph);
-    ggml_tensor * const * nodes  = ggml_graph_nodes(graph);
+    const int             n_nodes = ggml_graph_n_nodes(graph);
+    ggml_tensor * const * nodes   = ggml_graph_nodes(graph);
     for (int i = 0; i < n_nodes; ++i) {
         ggml_tensor * node = nodes[i];
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
@@ -140,29 +142,29 @@ void Session::scan(ggml_cgraph * graph) {
 }
 
 fasa_reason Session::prepare(ggml_tensor * node) {
-    Plan              p{};
-    const fasa_reason reason = plan(node, profile_.get(), layouts_.get(), config_, masks_, &p);
-    const ggml_tensor * k = node->src[1];
-    const ggml_tensor * v = node->src[2];
+    Plan                p{};
+    const fasa_reason   reason = plan(node, profile_.get(), layouts_.get(), config_, masks_, &p);
+    const ggml_tensor * k      = node->src[1];
+    const ggml_tensor * v      = node->src[2];
     // K of another device has no address here.
     if (p.k_root == nullptr || p.k_root->buffer == nullptr || !ggml_backend_buffer_is_host(p.k_root->buffer)) {
         return reason;
     }
     watch_buffer(p.k_root->buffer, this);
-    Layer &             layer = layers_[p.layer];
-    layer.k_root              = p.k_root;
-    layer.kv                  = {};
-    layer.kv.k                = k->data;
-    layer.kv.k_stride         = static_cast<int64_t>(k->nb[1]);
-    layer.kv.k_type           = k->type;
-    layer.kv.k_dim            = static_cast<int32_t>(k->ne[0]);
-    layer.head_bytes          = static_cast<int64_t>(k->nb[2]);
-    layer.n_kv                = k->ne[1];
-    layer.n_head_kv           = p.n_head_kv;
-    layer.rotation            = p.rotation;
-    layer.buffer              = p.k_root->buffer;
-    layer.kv_bytes            = static_cast<int64_t>(ggml_nbytes(p.k_root)) +
-                     (v->view_src != nullptr ? static_cast<int64_t>(ggml_nbytes(v->view_src)) : 0);
+    Layer & layer     = layers_[p.layer];
+    layer.k_root      = p.k_root;
+    layer.kv          = {};
+    layer.kv.k        = k->data;
+    layer.kv.k_stride = static_cast<int64_t>(k->nb[1]);
+    layer.kv.k_type   = k->type;
+    layer.kv.k_dim    = static_cast<int32_t>(k->ne[0]);
+    layer.head_bytes  = static_cast<int64_t>(k->nb[2]);
+    layer.n_kv        = k->ne[1];
+    layer.n_head_kv   = p.n_head_kv;
+    layer.rotation    = p.rotation;
+    layer.buffer      = p.k_root->buffer;
+    layer.kv_bytes    = static_cast<int64_t>(ggml_nbytes(p.k_root)) +
+                        (v->view_src != nullptr ? static_cast<int64_t>(ggml_nbytes(v->view_src)) : 0);
     if (reason != FASA_REASON_SPARSE && reason != FASA_REASON_CAPTURE) {
         return reason;
     }
@@ -196,7 +198,8 @@ void Session::note_write(const ggml_tensor * node) {
         }
         mark(*index, node);
         counters_.stale_events += node->op != GGML_OP_SET_ROWS ? 1 : 0;
-        const bool attended = std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.index == index; });
+        const bool attended =
+            std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.index == index; });
         if (attended) {
             late_.push_back({index, node});
         }
@@ -261,17 +264,17 @@ void Session::find_forced() {
 void Session::replace() {
     saved_.resize(work_.size());
     for (size_t i = 0; i < work_.size(); ++i) {
-        NodeWork & w        = work_[i];
-        w.kernels           = kernels_;
-        w.config            = &config_;
-        w.forced            = &forced_[i];
-        w.scratch           = &scratch_;
-        w.barrier           = &barrier_;
-        w.timings           = &timings_;
-        w.n_attended        = &n_attended_;
-        w.bytes_attended    = &bytes_attended_;
-        w.n_indexed         = &n_indexed_;
-        w.n_verify_failures = &n_verify_failures_;
+        NodeWork & w          = work_[i];
+        w.kernels             = kernels_;
+        w.config              = &config_;
+        w.forced              = &forced_[i];
+        w.scratch             = &scratch_;
+        w.barrier             = &barrier_;
+        w.timings             = &timings_;
+        w.n_attended          = &n_attended_;
+        w.bytes_attended      = &bytes_attended_;
+        w.n_indexed           = &n_indexed_;
+        w.n_verify_failures   = &n_verify_failures_;
         const ggml_tensor * q = w.node->src[0];
         if (w.index == nullptr) {
             Captured &   c   = captured_[w.plan.layer];
@@ -326,11 +329,11 @@ void Session::buffer_freed(ggml_backend_buffer_t buffer) {
 
 fasa_counters Session::counters() const {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    fasa_counters                     c = counters_;
-    c.cells_attended  = n_attended_;
-    c.bytes_attended  = bytes_attended_;
-    c.cells_indexed   = n_indexed_;
-    c.verify_failures = n_verify_failures_;
+    fasa_counters                               c = counters_;
+    c.cells_attended                              = n_attended_;
+    c.bytes_attended                              = bytes_attended_;
+    c.cells_indexed                               = n_indexed_;
+    c.verify_failures                             = n_verify_failures_;
     for (const auto & entry : layers_) {
         if (entry.second.index != nullptr) {
             c.index_bytes += entry.second.index->bytes();
@@ -365,7 +368,7 @@ void Session::invalidate() {
 
 void Session::captured(int32_t layer, int32_t * head_dim, int32_t * n_head, int64_t * n_rows, float * out) const {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    const auto                        it = captured_.find(layer);
+    const auto                                  it = captured_.find(layer);
     if (it == captured_.end()) {
         fail(FASA_STATUS_STATE, "Layer %d has no captured queries; set capture and evaluate tokens first.", layer);
     }
@@ -386,9 +389,10 @@ void Session::captured_clear() {
 
 void Session::keys(int32_t layer, int64_t c0, int64_t c1, float * out) const {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    const auto                        it = layers_.find(layer);
+    const auto                                  it = layers_.find(layer);
     if (it == layers_.end()) {
-        fail(FASA_STATUS_STATE, "Layer %d has not computed attention in this context yet; evaluate tokens first.", layer);
+        fail(FASA_STATUS_STATE, "Layer %d has not computed attention in this context yet; evaluate tokens first.",
+             layer);
     }
     const Layer & l = it->second;
     if (c0 < 0 || c1 < c0 || c1 > l.n_kv) {

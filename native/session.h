@@ -42,9 +42,9 @@ class Session {
   private:
     struct Layer {
         std::unique_ptr<SideIndex> index;
-        const ggml_tensor *        k_root; // of the last node, for keys()
+        const ggml_tensor *        k_root;   // of the last node, for keys()
         int64_t                    kv_bytes; // of the cache tensors
-        fasa_kv                    kv;     // k, k_stride, k_type, k_dim in use
+        fasa_kv                    kv;       // k, k_stride, k_type, k_dim in use
         int64_t                    head_bytes, n_kv;
         int32_t                    n_head_kv, rotation;
         ggml_backend_buffer_t      buffer;
@@ -69,23 +69,23 @@ class Session {
     void        restore();
 
     // Recursive: an abort callback runs inside compute() and may read the counters.
-    mutable std::recursive_mutex             mutex_;
-    bool                                     running_ = false;
-    std::unique_ptr<Profile>                 profile_;
-    std::shared_ptr<const Profile::Layouts>  layouts_;
-    fasa_config                              config_  = {};
-    const Kernels *                          kernels_ = nullptr;
-    std::map<int32_t, Layer>                 layers_; // by layer number
-    std::map<int32_t, Captured>              captured_;
-    fasa_counters                            counters_ = {};
-    fasa_timings                             timings_  = {};
-    std::atomic<int64_t>                     n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
+    mutable std::recursive_mutex            mutex_;
+    bool                                    running_ = false;
+    std::unique_ptr<Profile>                profile_;
+    std::shared_ptr<const Profile::Layouts> layouts_;
+    fasa_config                             config_  = {};
+    const Kernels *                         kernels_ = nullptr;
+    std::map<int32_t, Layer>                layers_; // by layer number
+    std::map<int32_t, Captured>             captured_;
+    fasa_counters                           counters_ = {};
+    fasa_timings                            timings_  = {};
+    std::atomic<int64_t>                    n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
 
     // of the graph that is running
-    MaskCache                        masks_;
-    std::vector<NodeWork>            work_;
+    MaskCache                         masks_;
+    std::vector<NodeWork>             work_;
     std::vector<std::vector<int32_t>> forced_; // parallel to work_
-    std::vector<Write>               late_;
+    std::vector<Write>                late_;
     struct Saved {
         ggml_op op;
         int32_t op_params[GGML_MAX_OP_PARAMS / sizeof(int32_t)];

@@ -61,9 +61,7 @@ void SideIndex::mark_bytes(const void * first, size_t size) {
     }
 }
 
-void SideIndex::clear_marks(int64_t n_block) {
-    std::fill_n(dirty_.begin() + first_block_, n_block, uint64_t{0});
-}
+void SideIndex::clear_marks(int64_t n_block) { std::fill_n(dirty_.begin() + first_block_, n_block, uint64_t{0}); }
 
 void SideIndex::read_key(int64_t cell, int32_t head, float * out) const {
     const char * row = static_cast<const char *>(root_data_) + (first_block_ * FASA_BLOCK_CELLS + cell) * row_bytes_;

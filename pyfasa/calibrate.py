@@ -13,6 +13,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -80,45 +81,58 @@ def calibrate(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
     if n_ctx < 512:
-        raise ValueError(f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts.")
+        raise ValueError(
+            f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts."
+        )
     if bits not in (2, 4, 8):
         raise ValueError(f"bits is {bits}; it must be 2, 4 or 8.")
     check_host()
     identity = ModelIdentity.read(os.fspath(model_path))
     n_chunk = identity.head_dim // 2
     if n_fc is not None and not 1 <= n_fc <= n_chunk:
-        raise ValueError(f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks.")
+        raise ValueError(
+            f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks."
+        )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-               TimeElapsedColumn())
-    importance = np.zeros((identity.n_layer, identity.n_head_kv, n_chunk))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TimeElapsedColumn(),
+    )
+    statistics = _Statistics.zeros(identity)
     digest = hashlib.sha256()
     n_queries = 0
     n_samples = DOCUMENTS if texts is None else len(texts)
     if n_samples == 0:
-        raise ValueError("texts is an empty list; name files, or leave it out for the built-in documents.")
+        raise ValueError(
+            "texts is an empty list; name files, or leave it out for the built-in documents."
+        )
     room = n_ctx + 1024  # questions and answers follow the document
     with (
-        closing(Llama(model_path, profile=False, n_ctx=room, n_threads=os.cpu_count(), verbose=False)) as llm,
-        Progress(*columns, disable=not progress, transient=True, console=Console(stderr=True)) as bar,
+        closing(
+            Llama(model_path, profile=False, n_ctx=room, n_threads=os.cpu_count(), verbose=False)
+        ) as llm,
+        Progress(
+            *columns, disable=not progress, transient=True, console=Console(stderr=True)
+        ) as bar,
     ):
         task = bar.add_task("calibrating", total=n_samples * (identity.n_layer + 1))
         for sample in _samples(llm, texts, n_ctx, seed):
             digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
-            for layer, values in _rank_sample(llm, identity, sample, method):
+            for _ in _add_sample(statistics, llm, identity, sample, method):
                 bar.advance(task)
-                if layer is not None:
-                    importance[layer] += values
             n_queries += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
 
-    order = np.argsort(-importance, axis=2, kind="stable").astype(np.uint16)
-    known = importance.sum(axis=2, keepdims=True) > 0  # a layer that was never seen stays dense
+    order = np.argsort(-statistics.importance, axis=2, kind="stable").astype(np.uint16)
+    known = statistics.n_keys[:, None, None] > 0  # a layer that was never seen stays dense
+    center, scale = statistics.channels()
     return Profile(
         identity=identity,
         chunks=order,
         bits=np.where(known, bits, 0).astype(np.uint8) * np.ones_like(order, np.uint8),
-        center=None,
-        scale=None,
+        center=center,
+        scale=scale,
         n_fc=n_chunk // 2 if n_fc is None else n_fc,
         method=method,
         data_name="Python standard library with hidden facts" if texts is None else _names(texts),
@@ -130,31 +144,69 @@ def calibrate(
     )
 
 
-def _rank_sample(
-    llm: Llama, identity: ModelIdentity, sample: _Sample, method: str
-) -> Iterator[tuple[int | None, F64]]:
-    """Evaluates a sample, then yields (layer, importance (n_head_kv, n_chunk)); first (None, nothing)."""
+@dataclass
+class _Statistics:
+    """Sums over samples: of importance per chunk, and of keys and their squares per channel."""
+
+    importance: F64  # (n_layer, n_head_kv, n_chunk)
+    n_keys: F64  # (n_layer,)
+    sum: F64  # (n_layer, n_head_kv, head_dim)
+    square: F64
+
+    @classmethod
+    def zeros(cls, identity: ModelIdentity) -> _Statistics:
+        heads = (identity.n_layer, identity.n_head_kv)
+        dim = identity.head_dim
+        return cls(
+            np.zeros((*heads, dim // 2)),
+            np.zeros(identity.n_layer),
+            np.zeros((*heads, dim)),
+            np.zeros((*heads, dim)),
+        )
+
+    def channels(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Mean of each channel of the keys, and its deviation relative to the head's mean deviation.
+
+        With both taken out no channel outgrows the few levels of the index, and scores keep their order.
+        """
+        n = np.maximum(self.n_keys, 1)[:, None, None]
+        center = self.sum / n
+        deviation = np.sqrt(np.maximum(self.square / n - center**2, 0))
+        mean = deviation.mean(axis=2, keepdims=True)
+        # A channel that hardly moves must not be blown up to the size of the others.
+        scale = np.where(mean > 0, np.maximum(deviation / np.where(mean > 0, mean, 1), 0.05), 1.0)
+        return center.astype(np.float32), scale.astype(np.float32)
+
+
+def _add_sample(
+    statistics: _Statistics, llm: Llama, identity: ModelIdentity, sample: _Sample, method: str
+) -> Iterator[None]:
+    """Evaluates a sample and adds it up; yields after the evaluation and after each layer."""
     dims = reference.chunk_dims(identity.head_dim, identity.n_rot, identity.rope)
-    llm.reset()
+    llm.n_tokens = 0  # the next eval removes the cells of the sample before
     with llm.fasa.capturing() as session:
         session.captured_clear()
     for tokens, wanted in sample.runs:
         with llm.fasa.capturing() if wanted else nullcontext():
             llm.eval(tokens)
-    yield None, np.zeros(0)
+    yield
     group = identity.n_head // identity.n_head_kv
     for layer in range(identity.n_layer):
-        values = np.zeros((identity.n_head_kv, len(dims)))
         try:
             queries = session.captured(layer)
         except RuntimeError:  # a layer without a replaceable attention node
-            yield layer, values
+            yield
             continue
         keys = session.keys(layer, identity.n_head_kv, identity.head_dim, 0, sample.n_tokens)
+        statistics.n_keys[layer] += len(keys)
+        statistics.sum[layer] += keys.sum(axis=0, dtype=np.float64)
+        statistics.square[layer] += np.square(keys, dtype=np.float64).sum(axis=0)
         for h in range(identity.n_head_kv):
             own = queries[:, h * group : (h + 1) * group]
-            values[h] = METHODS[method](own, np.ascontiguousarray(keys[:, h]), dims)
-        yield layer, values
+            statistics.importance[layer, h] += METHODS[method](
+                own, np.ascontiguousarray(keys[:, h]), dims
+            )
+        yield
 
 
 def _samples(
@@ -169,10 +221,14 @@ def _samples(
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ModelFileError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
+            raise ModelFileError(
+                f"The calibration text {path} cannot be read: {error.strerror}."
+            ) from error
         tokens = llm.tokenize(content, add_bos=True)[:n_ctx]
         if len(tokens) < 512:
-            raise ValueError(f"{path} has {len(tokens)} tokens; a calibration text needs at least 512.")
+            raise ValueError(
+                f"{path} has {len(tokens)} tokens; a calibration text needs at least 512."
+            )
         yield _Sample([(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)])
 
 
@@ -185,7 +241,9 @@ def _with_questions(llm: Llama, n_ctx: int, seed: int) -> _Sample:
     document = make_document(tokenize, n_ctx - 64, FACTS, seed)
     turns = _turns(llm, document)
     # Only answers are counted: each of their tokens is found by looking back at one place of the document.
-    return _Sample([(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)])
+    return _Sample(
+        [(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)]
+    )
 
 
 def _turns(llm: Llama, document: Document) -> list[tuple[str, bool]]:
@@ -209,12 +267,17 @@ def _turns(llm: Llama, document: Document) -> list[tuple[str, bool]]:
     for i, fact in enumerate(facts):
         content = f"{document.text}\n\n{fact.question}" if i == 0 else fact.question
         messages.append({"role": "user", "content": content})
-        prompt = formatter(messages=messages).prompt
-        shared = os.path.commonprefix([done, prompt])
-        runs += [(prompt[len(shared) :], False), (fact.answer, True)]
+        prompt = formatter(messages=cast("Any", messages)).prompt
+        runs += [(prompt[_shared(done, prompt) :], False), (fact.answer, True)]
         done = prompt + fact.answer
         messages.append({"role": "assistant", "content": fact.answer})
     return runs
+
+
+def _shared(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
 
 
 def _names(texts: Sequence[str | os.PathLike[str]]) -> str:

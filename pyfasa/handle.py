@@ -28,10 +28,16 @@ def make_config(
         "recent": recent,
     }.items():
         optional = name in ("n_fc", "min_ctx")
-        if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{name} is {value!r}; a whole number{' or None' if optional else ''} is needed.")
+        if not (value is None and optional) and (
+            not isinstance(value, int) or isinstance(value, bool)
+        ):
+            raise ValueError(
+                f"{name} is {value!r}; a whole number{' or None' if optional else ''} is needed."
+            )
     if n_fc is not None and n_fc < 1:
-        raise ValueError(f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number.")
+        raise ValueError(
+            f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number."
+        )
     if budget < 1:
         raise ValueError(f"budget is {budget}; it must be at least 1 cell.")
     return Config(
@@ -103,7 +109,9 @@ class Fasa:
         session = self._live()
         if profile is not None:
             if self._identity is None:
-                raise ProfileError("The model could not be identified, so no profile can be checked against it.")
+                raise ProfileError(
+                    "The model could not be identified, so no profile can be checked against it."
+                )
             profile.check_model(self._identity)
         session.set_profile(profile)
         self._profile = profile
@@ -120,11 +128,13 @@ class Fasa:
     @budget.setter
     def budget(self, value: int) -> None:
         checked = make_config(budget=value, sinks=0, recent=0)
-        self._apply(replace(
-            self._config,
-            budget=value,
-            min_ctx=checked.min_ctx if self._min_ctx_follows else self._config.min_ctx,
-        ))
+        self._apply(
+            replace(
+                self._config,
+                budget=value,
+                min_ctx=checked.min_ctx if self._min_ctx_follows else self._config.min_ctx,
+            )
+        )
 
     @property
     def n_fc(self) -> int:

@@ -47,10 +47,12 @@ def kv_type(value: int | str | None, argument: str) -> int | None:
         return KV_TYPES[value.lower()]
     except (KeyError, AttributeError):
         names = ", ".join(KV_TYPES)
-        raise ValueError(f"{argument} is {value!r}; it must be one of {names}, or a ggml type id.") from None
+        raise ValueError(
+            f"{argument} is {value!r}; it must be one of {names}, or a ggml type id."
+        ) from None
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(llama_cpp.Llama):
     """A drop-in for ``llama_cpp.Llama`` that decodes long contexts sparsely (FASA, arXiv 2602.03152).
 
     All arguments of the parent, which are documented there, plus:
@@ -97,7 +99,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     ) -> None:
         _refuse_unknown(kwargs)
         if profile is True:
-            raise ValueError("profile is True; give a path, a Profile, None to look for one, or False for dense.")
+            raise ValueError(
+                "profile is True; give a path, a Profile, None to look for one, or False for dense."
+            )
         config = make_config(budget, n_fc, min_ctx, sinks, recent)
         path = os.fspath(model_path)
         asked = profile is not None and profile is not False
@@ -114,12 +118,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         reason: str | None = None
         try:
             if not flash_attn:
-                raise HostError("flash_attn is False, so there are no attention nodes to replace; leave it out or True.")
+                raise HostError(
+                    "flash_attn is False, so there are no attention nodes to replace; leave it out or True."
+                )
             check_host()
             identity, found = _profile_for(path, profile, kwargs)
             if found is None:
-                reason = "FASA is switched off: profile is False." if profile is False else (
-                    f"{os.path.basename(path)} has no FASA profile; make one with: pyfasa calibrate {path}"
+                reason = (
+                    "FASA is switched off: profile is False."
+                    if profile is False
+                    else (
+                        f"{os.path.basename(path)} has no FASA profile; make one with: pyfasa calibrate {path}"
+                    )
                 )
             if n_fc is not None and found is not None and n_fc > found.n_ranked:
                 raise ValueError(f"n_fc is {n_fc}; the profile ranks {found.n_ranked} chunks.")
@@ -131,8 +141,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if reason is not None and profile is not False:
             warnings.warn(f"Decoding is dense: {reason}", DenseWarning, stacklevel=2)
         if found is not None and kwargs.get("lora_path"):
-            warnings.warn("The profile was calibrated without this LoRA adapter; compare answers with llm.dense().",
-                          DenseWarning, stacklevel=2)
+            warnings.warn(
+                "The profile was calibrated without this LoRA adapter; compare answers with llm.dense().",
+                DenseWarning,
+                stacklevel=2,
+            )
         self.fasa = Fasa(config, identity)
         arguments = dict(
             kwargs,
@@ -178,7 +191,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             session.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return dict(
             state,
             **self._fasa_arguments,
@@ -192,7 +205,9 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     known = inspect.signature(llama_cpp.Llama.__init__).parameters
     unknown = sorted(name for name in kwargs if name not in known)
     if unknown:
-        raise TypeError(f"Unknown argument {', '.join(unknown)}: neither pyfasa.Llama nor llama_cpp.Llama has it.")
+        raise TypeError(
+            f"Unknown argument {', '.join(unknown)}: neither pyfasa.Llama nor llama_cpp.Llama has it."
+        )
 
 
 def _profile_for(
@@ -229,4 +244,6 @@ def _check_frequencies(identity: ModelIdentity, kwargs: dict[str, Any]) -> None:
             f"leave the argument out, or calibrate with it."
         )
     if scale != 1.0:
-        raise ProfileError(f"rope_freq_scale is {scale:g}; the profile was calibrated with 1. Leave the argument out.")
+        raise ProfileError(
+            f"rope_freq_scale is {scale:g}; the profile was calibrated with 1. Leave the argument out."
+        )

@@ -59,8 +59,10 @@ def _check(status: int) -> None:
 def _pointer(kind: str, array: npt.NDArray[Any], dtype: Any, size: int | None = None) -> Any:
     """A C pointer to an array that must be contiguous, of ``dtype``, and of ``size`` values."""
     if array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValueError(f"The array is {array.dtype}, contiguous {array.flags.c_contiguous}; "
-                         f"a contiguous array of {np.dtype(dtype)} is needed.")
+        raise ValueError(
+            f"The array is {array.dtype}, contiguous {array.flags.c_contiguous}; "
+            f"a contiguous array of {np.dtype(dtype)} is needed."
+        )
     if size is not None and array.size != size:
         raise ValueError(f"The array has {array.size} values; {size} are needed.")
     return ffi.from_buffer(kind, array, require_writable=array.flags.writeable)
@@ -122,14 +124,30 @@ class Layout:
     center, scale : (head_dim,) or None; per-channel shift and scale taken out before quantization.
     """
 
-    def __init__(self, head_dim: int, n_rot: int, rope: str, chunks: U16, bits: U8,
-                 center: F32 | None = None, scale: F32 | None = None) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        n_rot: int,
+        rope: str,
+        chunks: U16,
+        bits: U8,
+        center: F32 | None = None,
+        scale: F32 | None = None,
+    ) -> None:
         out = ffi.new("fasa_layout **")
-        _check(lib.fasa_layout_create(
-            head_dim, n_rot, ROPE_IDS[rope], len(chunks),
-            _pointer("uint16_t[]", chunks, np.uint16), _pointer("uint8_t[]", bits, np.uint8, len(chunks)),
-            ffi.NULL if center is None else _pointer("float[]", center, np.float32, head_dim),
-            ffi.NULL if scale is None else _pointer("float[]", scale, np.float32, head_dim), out))
+        _check(
+            lib.fasa_layout_create(
+                head_dim,
+                n_rot,
+                ROPE_IDS[rope],
+                len(chunks),
+                _pointer("uint16_t[]", chunks, np.uint16),
+                _pointer("uint8_t[]", bits, np.uint8, len(chunks)),
+                ffi.NULL if center is None else _pointer("float[]", center, np.float32, head_dim),
+                ffi.NULL if scale is None else _pointer("float[]", scale, np.float32, head_dim),
+                out,
+            )
+        )
         self.head_dim = head_dim
         self.handle = ffi.gc(out[0], lib.fasa_layout_free)
 
@@ -144,22 +162,45 @@ def index_write(layout: Layout, rows: F32, cells: I64, index: U8) -> None:
     """Writes the entries of ``cells`` (n,) from keys ``rows`` (n, head_dim) into ``index`` (n_block, block_bytes)."""
     if len(cells) and int(cells.max()) // BLOCK_CELLS * layout.block_bytes >= index.size:
         raise ValueError(f"Cell {int(cells.max())} is outside an index of {index.size} bytes.")
-    _check(lib.fasa_index_write(
-        layout.handle, _pointer("float[]", rows, np.float32, len(cells) * layout.head_dim),
-        _pointer("int64_t[]", cells, np.int64), len(cells), _pointer("uint8_t[]", index, np.uint8)))
+    _check(
+        lib.fasa_index_write(
+            layout.handle,
+            _pointer("float[]", rows, np.float32, len(cells) * layout.head_dim),
+            _pointer("int64_t[]", cells, np.int64),
+            len(cells),
+            _pointer("uint8_t[]", index, np.uint8),
+        )
+    )
 
 
-def score(isa: int, layout: Layout, q: F32, index: U8, visible: U64, scores: F32, peaks: F32,
-          blocks: tuple[int, int] | None = None) -> None:
+def score(
+    isa: int,
+    layout: Layout,
+    q: F32,
+    index: U8,
+    visible: U64,
+    scores: F32,
+    peaks: F32,
+    blocks: tuple[int, int] | None = None,
+) -> None:
     """Scores of queries ``q`` (n_q, head_dim) into ``scores`` (n_q, 64 n_block) and ``peaks`` (n_q, 8 n_block)."""
     n_q, n_block = len(q), len(visible)
     first, last = blocks or (0, n_block)
-    _check(lib.fasa_score(
-        isa, layout.handle, _pointer("float[]", q, np.float32, n_q * layout.head_dim), n_q,
-        _pointer("uint8_t[]", index, np.uint8, n_block * layout.block_bytes),
-        _pointer("uint64_t[]", visible, np.uint64), n_block, first, last,
-        _pointer("float[]", scores, np.float32, n_q * n_block * BLOCK_CELLS),
-        _pointer("float[]", peaks, np.float32, n_q * n_block * PEAKS)))
+    _check(
+        lib.fasa_score(
+            isa,
+            layout.handle,
+            _pointer("float[]", q, np.float32, n_q * layout.head_dim),
+            n_q,
+            _pointer("uint8_t[]", index, np.uint8, n_block * layout.block_bytes),
+            _pointer("uint64_t[]", visible, np.uint64),
+            n_block,
+            first,
+            last,
+            _pointer("float[]", scores, np.float32, n_q * n_block * BLOCK_CELLS),
+            _pointer("float[]", peaks, np.float32, n_q * n_block * PEAKS),
+        )
+    )
 
 
 def select(isa: int, scores: F32, peaks: F32, budget: int) -> I32:
@@ -168,11 +209,20 @@ def select(isa: int, scores: F32, peaks: F32, budget: int) -> I32:
     scratch = np.empty(len(scores), np.float32)
     cells = np.empty(len(scores), np.int32)
     n = ffi.new("int64_t *")
-    _check(lib.fasa_select(
-        isa, _pointer("float[]", scores, np.float32, n_block * BLOCK_CELLS),
-        _pointer("float[]", peaks, np.float32, n_block * PEAKS), n_block, budget,
-        _pointer("float[]", scratch, np.float32), _pointer("int32_t[]", cells, np.int32), n))
-    return cells[: n[0]]
+    _check(
+        lib.fasa_select(
+            isa,
+            _pointer("float[]", scores, np.float32, n_block * BLOCK_CELLS),
+            _pointer("float[]", peaks, np.float32, n_block * PEAKS),
+            n_block,
+            budget,
+            _pointer("float[]", scratch, np.float32),
+            _pointer("int32_t[]", cells, np.int32),
+            n,
+        )
+    )
+    chosen: I32 = cells[: int(n[0])]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -190,31 +240,51 @@ class KV:
     mask: npt.NDArray[np.float16] | None = None
 
 
-def attend(isa: int, kv: KV, q: F32, cells: I32,
-           state: tuple[float, float, F32] | None = None) -> tuple[float, float, F32]:
+def attend(
+    isa: int, kv: KV, q: F32, cells: I32, state: tuple[float, float, F32] | None = None
+) -> tuple[float, float, F32]:
     """Attention state (m, d, o) of query ``q`` (k_dim,) over ``cells``, continued from ``state``; result is o / d."""
     m, d, o = state if state is not None else (-np.inf, 0.0, np.zeros(kv.v_dim, np.float32))
     if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < len(kv.k):
-        raise ValueError(f"Cells go from {cells.min()} to {cells.max()}; the cache has {len(kv.k)}.")
+        raise ValueError(
+            f"Cells go from {cells.min()} to {cells.max()}; the cache has {len(kv.k)}."
+        )
     o = np.array(o, np.float32)
     c = ffi.new("fasa_kv *")
     c.k, c.v = _pointer("uint8_t[]", kv.k, np.uint8), _pointer("uint8_t[]", kv.v, np.uint8)
     c.k_stride, c.v_stride = kv.k.strides[0], kv.v.strides[0]
     c.k_type, c.v_type, c.k_dim, c.v_dim = kv.k_type, kv.v_type, kv.k_dim, kv.v_dim
     c.scale, c.softcap = kv.scale, kv.softcap
-    mask = ffi.NULL if kv.mask is None else _pointer("uint16_t[]", kv.mask.view(np.uint16), np.uint16, len(kv.k))
+    mask = (
+        ffi.NULL
+        if kv.mask is None
+        else _pointer("uint16_t[]", kv.mask.view(np.uint16), np.uint16, len(kv.k))
+    )
     c.mask = mask
     m_out, d_out = ffi.new("float *", m), ffi.new("float *", d)
-    _check(lib.fasa_attend(isa, c, _pointer("float[]", q, np.float32, kv.k_dim),
-                           _pointer("int32_t[]", cells, np.int32), len(cells), m_out, d_out,
-                           _pointer("float[]", o, np.float32, kv.v_dim)))
+    _check(
+        lib.fasa_attend(
+            isa,
+            c,
+            _pointer("float[]", q, np.float32, kv.k_dim),
+            _pointer("int32_t[]", cells, np.int32),
+            len(cells),
+            m_out,
+            d_out,
+            _pointer("float[]", o, np.float32, kv.v_dim),
+        )
+    )
     return m_out[0], d_out[0], o
 
 
 def hadamard(x: F32) -> F32:
     """Normalized Walsh-Hadamard transform of the last axis, whose length is a power of two; own inverse."""
-    out = np.ascontiguousarray(x, np.float32).copy()
-    _check(lib.fasa_hadamard(_pointer("float[]", out, np.float32), out.size // out.shape[-1], out.shape[-1]))
+    out: F32 = np.array(x, np.float32, order="C")
+    _check(
+        lib.fasa_hadamard(
+            _pointer("float[]", out, np.float32), out.size // out.shape[-1], out.shape[-1]
+        )
+    )
     return out
 
 
@@ -344,8 +414,11 @@ class Session:
         dim, heads, rows = ffi.new("int32_t *"), ffi.new("int32_t *"), ffi.new("int64_t *")
         _check(lib.fasa_session_captured(self._live(), layer, dim, heads, rows, ffi.NULL))
         out = np.empty((rows[0], heads[0], dim[0]), np.float32)
-        _check(lib.fasa_session_captured(self._live(), layer, dim, heads, rows,
-                                         _pointer("float[]", out, np.float32)))
+        _check(
+            lib.fasa_session_captured(
+                self._live(), layer, dim, heads, rows, _pointer("float[]", out, np.float32)
+            )
+        )
         return out
 
     def captured_clear(self) -> None:
@@ -355,7 +428,11 @@ class Session:
     def keys(self, layer: int, n_head_kv: int, head_dim: int, first: int, last: int) -> F32:
         """Keys of cells first <= c < last of a layer in the RoPE basis: (last - first, n_head_kv, head_dim)."""
         out = np.empty((max(0, last - first), n_head_kv, head_dim), np.float32)
-        _check(lib.fasa_session_keys(self._live(), layer, first, last, _pointer("float[]", out, np.float32)))
+        _check(
+            lib.fasa_session_keys(
+                self._live(), layer, first, last, _pointer("float[]", out, np.float32)
+            )
+        )
         return out
 
 
@@ -363,7 +440,10 @@ def _c_profile(profile: Profile | None) -> tuple[Any, Any]:
     """A fasa_profile and the arrays it points into, to be kept alive during the call."""
     if profile is None:
         return ffi.NULL, None
-    arrays = [np.ascontiguousarray(profile.chunks, np.uint16), np.ascontiguousarray(profile.bits, np.uint8)]
+    arrays: list[npt.NDArray[Any]] = [
+        np.ascontiguousarray(profile.chunks, np.uint16),
+        np.ascontiguousarray(profile.bits, np.uint8),
+    ]
     c = ffi.new("fasa_profile *")
     c.n_layer, c.n_head_kv, c.n_ranked = profile.chunks.shape
     c.head_dim, c.n_rot = profile.identity.head_dim, profile.identity.n_rot

@@ -42,13 +42,11 @@ def agreement(queries: F32, keys: F32, dims: Ints) -> F64:
     """The paper's contextual agreement (3.3), averaged over queries and the group's heads."""
     step = max(1, len(queries) // AGREEMENT_QUERIES)
     chosen = queries[::step].reshape(-1, queries.shape[-1])
-    return np.mean(
-        [
-            reference.agreement(reference.contributions(q, keys, dims), AGREEMENT_TOP)
-            for q in chosen
-        ],
-        axis=0,
-    )
+    each = [
+        reference.agreement(reference.contributions(q, keys, dims), AGREEMENT_TOP) for q in chosen
+    ]
+    result: F64 = np.mean(each, axis=0)
+    return result
 
 
 METHODS: dict[str, Callable[[F32, F32, Ints], F64]] = {

@@ -57,7 +57,8 @@ def agreement(contribution: F64, top: int) -> F64:
     k = min(top, len(contribution))
     best = set(np.argpartition(-contribution.sum(axis=1), k - 1)[:k].tolist())
     own = np.argpartition(-contribution, k - 1, axis=0)[:k]
-    return np.array([len(best.intersection(column)) for column in own.T.tolist()]) / k
+    common = [len(best.intersection(column)) for column in own.T.tolist()]
+    return np.array(common, np.float64) / k
 
 
 @dataclass(frozen=True)

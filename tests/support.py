@@ -187,9 +187,9 @@ def bundled_profile(path: Path) -> Profile:
 
 
 @contextmanager
-def opened(path: Path, cls: type[Any] = Llama, **arguments: Any) -> Iterator[Any]:
-    """A Llama for tests: 2 threads, quiet, closed at the end."""
-    llm = cls(str(path), **{"n_ctx": 1024, "n_threads": 2, "verbose": False, **arguments})
+def opened(path: Path, **arguments: Any) -> Iterator[Any]:
+    """A pyfasa.Llama for tests: 2 threads, quiet, closed at the end."""
+    llm = Llama(str(path), **{"n_ctx": 1024, "n_threads": 2, "verbose": False, **arguments})
     try:
         yield llm
     finally:
@@ -197,16 +197,20 @@ def opened(path: Path, cls: type[Any] = Llama, **arguments: Any) -> Iterator[Any
 
 
 @contextmanager
-def opened_plain(path: Path, **arguments: Any) -> Iterator[llama_cpp.Llama]:
+def opened_plain(path: Path, **arguments: Any) -> Iterator[Any]:
     """llama_cpp.Llama with the same settings: what pyfasa is compared with."""
-    with opened(path, llama_cpp.Llama, **{"flash_attn": True, **arguments}) as llm:
+    settings = {"n_ctx": 1024, "n_threads": 2, "flash_attn": True, "verbose": False, **arguments}
+    llm = llama_cpp.Llama(str(path), **settings)
+    try:
         yield llm
+    finally:
+        llm.close()
 
 
 def logits(llm: llama_cpp.Llama) -> F32:
     """Logits of the last evaluated token: (n_vocab,)."""
     pointer = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
-    return np.ctypeslib.as_array(pointer, (llm.n_vocab(),)).copy()
+    return np.array(np.ctypeslib.as_array(pointer, (llm.n_vocab(),)), np.float32)
 
 
 def decode(llm: llama_cpp.Llama, tokens: Sequence[int]) -> F32:

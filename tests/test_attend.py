@@ -1,7 +1,7 @@
 """attend: exact softmax attention over given cells, against float64.
 
-A result may be twice as far from float64 as plain float32 NumPy is, or within an NMSE that float32 reaches easily:
-logits of ordinary size err by 1e-6, weights as much relative to themselves.
+A result may be twice as far from float64 as plain float32 NumPy is, or within an NMSE that float32
+reaches easily: logits of ordinary size err by 1e-6, weights as much relative to themselves.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_index import every_isa, fresh_rng
 
 from pyfasa import native, reference
+from test_index import every_isa, fresh_rng
 
 MAX_NMSE = 1e-9
 F16, Q8_0 = native.KV_F16, native.KV_Q8_0
@@ -28,7 +28,7 @@ every_type = pytest.mark.parametrize(
 
 
 def stored(x: native.F32, kind: int, padding: int) -> tuple[native.U8, F64]:
-    """Rows as bytes of a cache whose cells are `padding` bytes apart, and the values that they stand for."""
+    """Rows of a cache with `padding` bytes between cells, and the values that they stand for."""
     if kind == F16:
         half = x.astype(np.float16)
         rows, values = half.view(np.uint8), half.astype(np.float64)
@@ -92,7 +92,9 @@ def selection(rng: np.random.Generator, n_kv: int, n: int) -> native.I32:
 
 @every_isa
 @every_type
-@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (32, 224)])
+@pytest.mark.parametrize(
+    "dims", [(32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (32, 224)]
+)
 def test_head_sizes(isa: int, k_type: int, v_type: int, dims: tuple[int, int]) -> None:
     rng = fresh_rng()
     kv, q, keys, values = make(rng, 333, k_type, v_type, *dims)

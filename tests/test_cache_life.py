@@ -11,6 +11,10 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+
+from pyfasa import Llama
+from pyfasa.llama import kv_type
+from pyfasa.native import Config, Session
 from support import (
     NEOX_PARTIAL,
     NORM,
@@ -24,10 +28,6 @@ from support import (
     random_tokens,
     write_model,
 )
-
-from pyfasa import Llama
-from pyfasa.llama import kv_type
-from pyfasa.native import Config, Session
 
 N = 400
 A, B = random_tokens(N + 8, seed=1), random_tokens(N + 8, seed=2)
@@ -48,7 +48,7 @@ def types(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @contextmanager
-def verified(path: Path, **arguments: Any) -> Iterator[Llama]:
+def verified(path: Path, **arguments: Any) -> Iterator[Any]:
     """A sparse Llama that compares its index with the K cache before every use."""
     settings = {"profile": random_profile(path), **SPARSE, **arguments}
     with opened(path, **settings) as llm:
@@ -163,7 +163,7 @@ def test_sequence_state_set_into_another_context(path: Path, types: dict[str, st
 
 
 def test_k_shift(types: dict[str, str], tmp_path: Path) -> None:
-    """Keys rotated to new positions in place. One layer: there keys hang on token and place only."""
+    """Keys are rotated in place. One layer: there keys hang on token and position only."""
     path = write_model(tmp_path / "model.gguf", NORM_ONE_LAYER)
     with verified(path, **types) as llm:
         llm.eval(A[:N])
@@ -278,7 +278,7 @@ def test_a_session_closed_first_leaves_a_working_context(path: Path) -> None:
         wanted = decode(plain, A[N:])
     session = Session(random_profile(path), Config(budget=64, min_ctx=0))
     with session.armed():
-        llm = llama_cpp.Llama(
+        llm: Any = llama_cpp.Llama(
             str(path), n_ctx=1024, n_threads=2, flash_attn=True, verbose=False
         )
     llm.eval(A[:N])

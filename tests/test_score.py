@@ -1,8 +1,9 @@
-"""score: the dot product of a query with every index row, hidden cells at -inf, peaks that bound a block.
+"""score: dot products of a query and every index row, hidden cells at -inf, peaks of a block.
 
-The reference instruction set takes the query as it is. The fast kernels quantize it, each segment by its own step
-s = peak / levels, with 127 levels on either side, 64 where index codes have 8 bits. A kept dim k then adds an error of
-at most s/2 * |k|, on average s^2/12 * k^2 to the square; for n Gaussian dims peak^2 <= (3.5 deviations)^2, so
+The reference instruction set takes the query as it is. The fast kernels quantize it, each segment
+by its own step s = peak / levels, with 127 levels on either side, 64 where index codes have 8 bits.
+A kept dim k then adds an error of at most s/2 * |k|, on average s^2/12 * k^2 to its square. A
+normal query's peak is 3.5 deviations, so
 
     NMSE ~ 3.5^2 / levels^2 / 12        6.3e-5 with 127 levels, 2.5e-4 with 64
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_index import Drawn, Head, every_head, every_isa, fresh_rng, guarded, ugly_keys
 
 from pyfasa import native, reference
+from test_index import Drawn, Head, every_head, every_isa, fresh_rng, guarded, ugly_keys
 
 LEVELS = {2: 127, 4: 127, 8: 64}
 # Twice the expected NMSE, for heads with few dims and for the draw.
@@ -176,7 +177,7 @@ def test_permuting_cells_permutes_scores(isa: int) -> None:
 
 @every_isa
 def test_queries_of_a_group_do_not_mix(isa: int) -> None:
-    """Each query alone scores as it does in the group; its first or last place makes no difference."""
+    """Each query alone scores as it does in the group."""
     rng = fresh_rng()
     drawn = Head(128, 128, "norm", 33, 0).draw(rng)
     index = drawn.written(rng.normal(size=(128, 128)).astype(np.float32))
@@ -191,7 +192,7 @@ def test_queries_of_a_group_do_not_mix(isa: int) -> None:
 @every_isa
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_largest_codes_do_not_overflow(isa: int, bits: int) -> None:
-    """Every product at its limit, all of one sign: 16-bit sums of the AVX2 kernel come closest to wrapping."""
+    """Products at their limit, of one sign: the 16-bit sums of AVX2 come closest to wrapping."""
     head = Head(256, 256, "norm", 128, bits)
     drawn = head.draw(fresh_rng())
     q = np.ones((2, 256), np.float32) * np.array([[1], [-1]], np.float32)

@@ -31,16 +31,16 @@ struct V {
     using Bytes = __m256i;
     using Acc   = __m256i; // int16, two per cell
 
-    static F set(float a) { return _mm256_set1_ps(a); }
-    static F load(const float * p) { return _mm256_loadu_ps(p); }
+    static F    set(float a) { return _mm256_set1_ps(a); }
+    static F    load(const float * p) { return _mm256_loadu_ps(p); }
     static void store(float * p, F a) { _mm256_storeu_ps(p, a); }
-    static F add(F a, F b) { return _mm256_add_ps(a, b); }
-    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
-    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-    static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
-    static F max(F a, F b) { return _mm256_max_ps(a, b); }
-    static F exp(F a) {
+    static F    add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F    sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F    mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F    fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F    fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+    static F    max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F    exp(F a) {
         const F n = _mm256_round_ps(mul(a, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const F r = _mm256_fnmadd_ps(n, set(kLn2Low), _mm256_fnmadd_ps(n, set(kLn2High), a));
         F       p = set(kExpTerms[0]);
@@ -92,8 +92,8 @@ struct V {
     static void store_peaks(float * p, F a) { store(p, a); }
 
     // Products of a pair stay below 2 * 3 * 127, 2 * 15 * 127, 2 * 255 * 64: this many fit into int16.
-    static int max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
-    static Acc acc_zero() { return _mm256_setzero_si256(); }
+    static int   max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
+    static Acc   acc_zero() { return _mm256_setzero_si256(); }
     static Bytes load_bytes(const uint8_t * p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
     static Bytes field(Bytes a, int shift, int mask) {
         return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8(static_cast<char>(mask)));
@@ -104,7 +104,7 @@ struct V {
         return _mm256_set1_epi32(q);
     }
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, q)); }
-    static F total(Acc a) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
+    static F   total(Acc a) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
 
     // Appends the cells of a block that reach t. The lanes of a vector that do are moved to its front by a
     // permutation from a table: a branch per cell would be mispredicted.
@@ -112,9 +112,11 @@ struct V {
         for (int32_t i = 0; i < FASA_BLOCK_CELLS; i += W) {
             const F        v    = load(x + i);
             const uint32_t bits = at_least(v, set(t));
-            const __m256i  lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kFront.lane[bits])));
+            const __m256i  lane =
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kFront.lane[bits])));
             store(values + kept, _mm256_permutevar8x32_ps(v, lane));
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(cells + kept), _mm256_add_epi32(lane, _mm256_set1_epi32(first + i)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(cells + kept),
+                                _mm256_add_epi32(lane, _mm256_set1_epi32(first + i)));
             kept += __builtin_popcount(bits);
         }
         return kept;

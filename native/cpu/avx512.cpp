@@ -15,16 +15,16 @@ struct V {
     using Bytes = __m512i;
     using Acc   = __m512i; // int32, one per cell
 
-    static F set(float a) { return _mm512_set1_ps(a); }
-    static F load(const float * p) { return _mm512_loadu_ps(p); }
+    static F    set(float a) { return _mm512_set1_ps(a); }
+    static F    load(const float * p) { return _mm512_loadu_ps(p); }
     static void store(float * p, F a) { _mm512_storeu_ps(p, a); }
-    static F add(F a, F b) { return _mm512_add_ps(a, b); }
-    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
-    static F max(F a, F b) { return _mm512_max_ps(a, b); }
-    static F exp(F a) {
+    static F    add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F    sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F    mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F    fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F    fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+    static F    max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F    exp(F a) {
         const F n = _mm512_roundscale_ps(mul(a, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const F r = _mm512_fnmadd_ps(n, set(kLn2Low), _mm512_fnmadd_ps(n, set(kLn2High), a));
         F       p = set(kExpTerms[0]);
@@ -46,21 +46,21 @@ struct V {
     static F load_i8(const uint8_t * p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
     }
-    static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static float    sum(F a) { return _mm512_reduce_add_ps(a); }
     static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-    static F keep(uint32_t bits, F a, float other) {
+    static F        keep(uint32_t bits, F a, float other) {
         return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), set(other), a);
     }
     using Count = int64_t;
-    static Count count_zero() { return 0; }
-    static Count count_add(Count c, F x, F t) { return c + __builtin_popcount(at_least(x, t)); }
+    static Count   count_zero() { return 0; }
+    static Count   count_add(Count c, F x, F t) { return c + __builtin_popcount(at_least(x, t)); }
     static int64_t count_sum(Count c) { return c; }
-    static void store_peaks(float * p, F a) {
+    static void    store_peaks(float * p, F a) {
         _mm256_storeu_ps(p, _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
     }
 
-    static int max_macs(int) { return 1 << 20; }
-    static Acc acc_zero() { return _mm512_setzero_si512(); }
+    static int   max_macs(int) { return 1 << 20; }
+    static Acc   acc_zero() { return _mm512_setzero_si512(); }
     static Bytes load_bytes(const uint8_t * p) { return _mm512_loadu_si512(p); }
     static Bytes field(Bytes a, int shift, int mask) {
         return _mm512_and_si512(_mm512_srli_epi16(a, static_cast<unsigned>(shift)),
@@ -72,7 +72,7 @@ struct V {
         return _mm512_set1_epi32(q);
     }
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm512_dpbusd_epi32(acc, u, q); }
-    static F total(Acc a) { return _mm512_cvtepi32_ps(a); }
+    static F   total(Acc a) { return _mm512_cvtepi32_ps(a); }
 
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -28,23 +28,43 @@ struct V {
         return r;
     }
 
-    static F set(float a) { return each([=](int) { return a; }); }
-    static F load(const float * p) { return each([=](int i) { return p[i]; }); }
+    static F set(float a) {
+        return each([=](int) { return a; });
+    }
+    static F load(const float * p) {
+        return each([=](int i) { return p[i]; });
+    }
     static void store(float * p, const F & a) { std::memcpy(p, a.x, sizeof(a.x)); }
-    static F add(const F & a, const F & b) { return each([&](int i) { return a.x[i] + b.x[i]; }); }
-    static F sub(const F & a, const F & b) { return each([&](int i) { return a.x[i] - b.x[i]; }); }
-    static F mul(const F & a, const F & b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
-    static F fma(const F & a, const F & b, const F & c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
-    static F fms(const F & a, const F & b, const F & c) { return each([&](int i) { return a.x[i] * b.x[i] - c.x[i]; }); }
-    static F max(const F & a, const F & b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
-    static F exp(const F & a) { return each([&](int i) { return a.x[i] < kExpMin ? 0.0f : std::exp(a.x[i]); }); }
+    static F    add(const F & a, const F & b) {
+        return each([&](int i) { return a.x[i] + b.x[i]; });
+    }
+    static F sub(const F & a, const F & b) {
+        return each([&](int i) { return a.x[i] - b.x[i]; });
+    }
+    static F mul(const F & a, const F & b) {
+        return each([&](int i) { return a.x[i] * b.x[i]; });
+    }
+    static F fma(const F & a, const F & b, const F & c) {
+        return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+    }
+    static F fms(const F & a, const F & b, const F & c) {
+        return each([&](int i) { return a.x[i] * b.x[i] - c.x[i]; });
+    }
+    static F max(const F & a, const F & b) {
+        return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+    }
+    static F exp(const F & a) {
+        return each([&](int i) { return a.x[i] < kExpMin ? 0.0f : std::exp(a.x[i]); });
+    }
 
     static float half(const void * p) {
         uint16_t h;
         std::memcpy(&h, p, sizeof(h));
         return half_to_float(h);
     }
-    static F load_f16(const uint8_t * p) { return each([=](int i) { return half(p + 2 * i); }); }
+    static F load_f16(const uint8_t * p) {
+        return each([=](int i) { return half(p + 2 * i); });
+    }
     static F load_i8(const uint8_t * p) {
         return each([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
     }
@@ -70,10 +90,10 @@ struct V {
         return c;
     }
     static int64_t count_sum(Count c) { return c; }
-    static void store_peaks(float * p, const F & a) { store(p, a); }
+    static void    store_peaks(float * p, const F & a) { store(p, a); }
 
-    static int max_macs(int) { return 1 << 20; }
-    static Acc acc_zero() { return {}; }
+    static int   max_macs(int) { return 1 << 20; }
+    static Acc   acc_zero() { return {}; }
     static Bytes load_bytes(const uint8_t * p) {
         Bytes r;
         std::memcpy(r.x, p, sizeof(r.x));
@@ -99,7 +119,9 @@ struct V {
         }
         return acc;
     }
-    static F total(const Acc & a) { return each([&](int i) { return static_cast<float>(a.x[i]); }); }
+    static F total(const Acc & a) {
+        return each([&](int i) { return static_cast<float>(a.x[i]); });
+    }
 
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         for (int32_t i = 0; i < FASA_BLOCK_CELLS; ++i) { // no branch: what is not kept is overwritten

@@ -54,7 +54,8 @@ static void guess_bracket(const float * x, int64_t n, int64_t k, float * lo, flo
     }
     const int64_t rank = k * kSample / n;
     // Three standard deviations of the rank of a sampled quantile.
-    const auto slack = static_cast<int64_t>(3.0f * std::sqrt(static_cast<float>(rank * (kSample - rank)) / kSample)) + 2;
+    const auto slack =
+        static_cast<int64_t>(3.0f * std::sqrt(static_cast<float>(rank * (kSample - rank)) / kSample)) + 2;
     *lo = sample[std::min(rank + slack, kSample - 1)];
     *hi = sample[std::max<int64_t>(rank - slack, 0)];
 }
@@ -63,8 +64,8 @@ static void guess_bracket(const float * x, int64_t n, int64_t k, float * lo, flo
 // exactly k reach: as good as the k-th largest for both uses here.
 static float kth_largest(const float * x, int64_t n, int64_t k) {
     // Invariant: at least k values reach lo, fewer than k reach anything above hi.
-    int64_t   lo   = order_key(kHidden);
-    int64_t   hi   = order_key(std::numeric_limits<float>::infinity());
+    int64_t    lo    = order_key(kHidden);
+    int64_t    hi    = order_key(std::numeric_limits<float>::infinity());
     const auto probe = [&](float t) { // true: t is an answer
         const int64_t count = count_at_least(x, n, t);
         if (count >= k) {
@@ -100,9 +101,9 @@ static int64_t select(const float * scores, const float * peaks, int64_t n_block
                       int32_t * cells) {
     const int64_t n_peak = n_block * FASA_PEAKS;
     // The smallest float above -inf lets every visible cell through.
-    const float   visible = -std::numeric_limits<float>::max();
-    const float   floor   = budget < n_peak ? std::max(visible, kth_largest(peaks, n_peak, budget)) : visible;
-    int64_t       n       = 0;
+    const float visible = -std::numeric_limits<float>::max();
+    const float floor   = budget < n_peak ? std::max(visible, kth_largest(peaks, n_peak, budget)) : visible;
+    int64_t     n       = 0;
     for (int64_t b = 0; b < n_block; ++b) {
         if (count_at_least(peaks + b * FASA_PEAKS, FASA_PEAKS, floor) > 0) {
             n = V::collect(scores + b * FASA_BLOCK_CELLS, static_cast<int32_t>(b * FASA_BLOCK_CELLS), floor, n, scratch,

@@ -11,7 +11,7 @@ namespace fasa_test {
 
 namespace {
 
-constexpr uint16_t kHalfMinusInf = 0xfc00;
+constexpr uint16_t kHalfMinusInf = 0xfc00; // masked
 
 Context new_context() {
     const ggml_init_params params = {4 << 20, nullptr, true};
@@ -54,8 +54,8 @@ AllChunks::AllChunks(const Shape & shape, uint8_t width, int32_t n_layer) {
         chunks.push_back(static_cast<uint16_t>(i % n_ranked));
     }
     bits.assign(chunks.size(), width);
-    view = {n_layer,        shape.n_head_kv, shape.head_dim, shape.head_dim, FASA_ROPE_NORM, n_ranked,
-            chunks.data(), bits.data(),     nullptr,        nullptr};
+    view = {n_layer,  shape.n_head_kv, shape.head_dim, shape.head_dim, FASA_ROPE_NORM,
+            n_ranked, chunks.data(),   bits.data(),    nullptr,        nullptr};
 }
 
 fasa_config config_of(int32_t budget) {
@@ -119,19 +119,19 @@ ggml_tensor * Decoder::view(ggml_context * ctx, ggml_tensor * cache, int64_t n_k
 }
 
 std::vector<float> Decoder::run(const Step & step, const Extra & before, const Extra & after) {
-    const Context ctx    = new_context();
+    const Context  ctx   = new_context();
     ggml_context * c     = ctx.get();
     const int64_t  row   = static_cast<int64_t>(shape_.head_dim) * shape_.n_head_kv;
     const int64_t  n_new = static_cast<int64_t>(step.cells.size());
     const int64_t  n_kv  = static_cast<int64_t>(step.mask.size()) / step.n_rows;
 
-    ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, shape_.head_dim, step.n_rows, shape_.n_head, 1);
-    ggml_tensor * mask  = ggml_new_tensor_4d(c, GGML_TYPE_F16, n_kv, step.n_rows, 1, 1);
-    ggml_tensor * sinks = ggml_new_tensor_1d(c, GGML_TYPE_F32, shape_.n_head);
-    ggml_tensor * k     = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
-    ggml_tensor * v     = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
-    ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I64, std::max<int64_t>(1, n_new));
-    ggml_cgraph * graph = ggml_new_graph(c);
+    ggml_tensor * q      = ggml_new_tensor_4d(c, GGML_TYPE_F32, shape_.head_dim, step.n_rows, shape_.n_head, 1);
+    ggml_tensor * mask   = ggml_new_tensor_4d(c, GGML_TYPE_F16, n_kv, step.n_rows, 1, 1);
+    ggml_tensor * sinks  = ggml_new_tensor_1d(c, GGML_TYPE_F32, shape_.n_head);
+    ggml_tensor * k      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
+    ggml_tensor * v      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
+    ggml_tensor * cells  = ggml_new_tensor_1d(c, GGML_TYPE_I64, std::max<int64_t>(1, n_new));
+    ggml_cgraph * graph  = ggml_new_graph(c);
     const auto    expand = [&](const Extra & extra) {
         for (ggml_tensor * t : extra != nullptr ? extra(c, *this) : std::vector<ggml_tensor *>()) {
             ggml_build_forward_expand(graph, t);
@@ -142,8 +142,8 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
         ggml_build_forward_expand(graph, ggml_set_rows(c, v_, v, cells));
     }
     expand(before);
-    ggml_tensor * out = ggml_flash_attn_ext(c, q, view(c, k_, n_kv), view(c, v_, n_kv), mask, shape_.scale(), 0.0f,
-                                            shape_.softcap);
+    ggml_tensor * out =
+        ggml_flash_attn_ext(c, q, view(c, k_, n_kv), view(c, v_, n_kv), mask, shape_.scale(), 0.0f, shape_.softcap);
     if (shape_.sinks) {
         ggml_flash_attn_ext_add_sinks(out, sinks);
     }
@@ -161,10 +161,12 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
         set(v, step.v);
         set(cells, step.cells);
     }
-    // Extra nodes may use an i32 [n_cell] input named "shift": every cell moves on by 7 positions.
+    // Inputs of extra nodes, by name: every cell moves on by 7 positions; row 5 of a view is written.
     for (ggml_tensor * t = ggml_get_first_tensor(c); t != nullptr; t = ggml_get_next_tensor(c, t)) {
         if (std::string(t->name) == "shift") {
             set(t, std::vector<int32_t>(t->ne[0], 7));
+        } else if (std::string(t->name) == "row") {
+            set(t, std::vector<int64_t>{5});
         }
     }
     CHECK_EQUAL(ggml_backend_graph_compute(backend_, graph), GGML_STATUS_SUCCESS);

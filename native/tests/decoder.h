@@ -77,7 +77,8 @@ Step random_step(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> c
 
 class Decoder {
   public:
-    // Nodes that tests add to a graph, before or after the attention node.
+    // Nodes that tests add to a graph, before or after the attention node. Inputs among them go by name: "shift" is
+    // i32 [n_cell] position deltas, "row" an i64 [1] row number.
     using Extra = std::function<std::vector<ggml_tensor *>(ggml_context *, const Decoder &)>;
 
     Decoder(const Shape & shape, const Backend & backend);

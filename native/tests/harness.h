@@ -52,22 +52,20 @@ std::vector<int32_t> usable_isas();
 
 } // namespace fasa_test
 
-#define TEST(name)                                                     \
-    static void                       name();                          \
-    static const fasa_test::Registered registered_##name(#name, name); \
-    static void                       name()
+#define TEST(name)                                                                                                     \
+    static void                        name();                                                                         \
+    static const fasa_test::Registered registered_##name(#name, name);                                                 \
+    static void                        name()
 
-#define CHECK(condition)                                          \
-    do {                                                          \
-        if (!(condition)) {                                       \
-            fasa_test::fail_check(__FILE__, __LINE__, #condition); \
-        }                                                         \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fasa_test::fail_check(__FILE__, __LINE__, #condition);                                                     \
+        }                                                                                                              \
     } while (false)
 
-#define CHECK_EQUAL(actual, expected)                                                                      \
-    fasa_test::check_equal(static_cast<double>(actual), static_cast<double>(expected), #actual, __FILE__, \
-                           __LINE__)
+#define CHECK_EQUAL(actual, expected)                                                                                  \
+    fasa_test::check_equal(static_cast<double>(actual), static_cast<double>(expected), #actual, __FILE__, __LINE__)
 
-#define CHECK_AT_MOST(value, limit)                                                                    \
-    fasa_test::check_at_most(static_cast<double>(value), static_cast<double>(limit), #value, __FILE__, \
-                             __LINE__)
+#define CHECK_AT_MOST(value, limit)                                                                                    \
+    fasa_test::check_at_most(static_cast<double>(value), static_cast<double>(limit), #value, __FILE__, __LINE__)

@@ -80,8 +80,7 @@ double nmse(const std::vector<float> & actual, const std::vector<float> & expect
         power += std::pow(static_cast<double>(expected[i]), 2);
     }
     const double result = error == 0 ? 0 : error / power;
-    return actual.size() == expected.size() && std::isfinite(result) ? result
-                                                                     : std::numeric_limits<double>::infinity();
+    return actual.size() == expected.size() && std::isfinite(result) ? result : std::numeric_limits<double>::infinity();
 }
 
 std::vector<int32_t> usable_isas() {

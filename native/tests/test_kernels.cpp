@@ -62,8 +62,8 @@ struct HeadShape {
 };
 
 const HeadShape kHeads[] = {
-    {128, 128, FASA_ROPE_NORM, 16, 4}, {128, 64, FASA_ROPE_NEOX, 17, 0}, {64, 64, FASA_ROPE_NEOX, 11, 2},
-    {96, 96, FASA_ROPE_NORM, 7, 8},    {80, 40, FASA_ROPE_NEOX, 13, 0},  {256, 256, FASA_ROPE_NEOX, 128, 0},
+    {128, 128, FASA_ROPE_NORM, 16, 4},  {128, 64, FASA_ROPE_NEOX, 17, 0}, {64, 64, FASA_ROPE_NEOX, 11, 2},
+    {96, 96, FASA_ROPE_NORM, 7, 8},     {80, 40, FASA_ROPE_NEOX, 13, 0},  {256, 256, FASA_ROPE_NEOX, 128, 0},
     {256, 128, FASA_ROPE_NORM, 128, 2}, {32, 32, FASA_ROPE_NORM, 16, 8},
 };
 
@@ -86,7 +86,7 @@ TEST(score_agrees_with_the_reference) {
             const Scored expected = run_score(FASA_ISA_REFERENCE, layout.get(), q, group, index, visible);
             for (const int32_t isa : usable_isas()) {
                 const Case   c(std::string(fasa_isa_name(isa)) + " head_dim " + std::to_string(h.head_dim) + " bits " +
-                             std::to_string(h.bits) + " group " + std::to_string(group));
+                               std::to_string(h.bits) + " group " + std::to_string(group));
                 const Scored actual = run_score(isa, layout.get(), q, group, index, visible);
                 double       error = 0, power = 0;
                 for (size_t i = 0; i < actual.scores.size(); ++i) {
@@ -128,8 +128,8 @@ TEST(select_equals_the_reference) {
             for (const int64_t budget : {int64_t{1}, int64_t{9}, n / 8, n / 2, n - 1, n, 2 * n}) {
                 std::vector<int32_t> expected;
                 for (const int32_t isa : usable_isas()) {
-                    const Case c(std::string(fasa_isa_name(isa)) + " kind " + std::to_string(kind) + " n " +
-                                 std::to_string(n) + " budget " + std::to_string(budget));
+                    const Case           c(std::string(fasa_isa_name(isa)) + " kind " + std::to_string(kind) + " n " +
+                                           std::to_string(n) + " budget " + std::to_string(budget));
                     std::vector<float>   scratch(n, kNan);
                     std::vector<int32_t> cells(n, -1);
                     int64_t              n_selected = -1;
@@ -173,9 +173,17 @@ TEST(attend_agrees_with_the_reference) {
                 std::vector<int32_t> cells(n_kv);
                 std::iota(cells.begin(), cells.end(), 0);
                 for (const float softcap : {0.0f, 5.0f}) {
-                    const fasa_kv kv = {k.data(), v.data(), static_cast<int64_t>(k.size()) / n_kv,
-                                        static_cast<int64_t>(v.size()) / n_kv, k_type, v_type, dims.first, dims.second,
-                                        0.2f, softcap, softcap == 0.0f ? nullptr : mask.data()};
+                    const fasa_kv      kv = {k.data(),
+                                             v.data(),
+                                             static_cast<int64_t>(k.size()) / n_kv,
+                                             static_cast<int64_t>(v.size()) / n_kv,
+                                             k_type,
+                                             v_type,
+                                             dims.first,
+                                             dims.second,
+                                             0.2f,
+                                             softcap,
+                                             softcap == 0.0f ? nullptr : mask.data()};
                     std::vector<float> expected;
                     for (const int32_t isa : usable_isas()) {
                         const Case c(std::string(fasa_isa_name(isa)) + " types " + std::to_string(k_type) + " " +
@@ -222,7 +230,7 @@ TEST(hadamard_is_the_sylvester_matrix) {
     CHECK(std::strstr(fasa_last_error(), "power of two") != nullptr);
 }
 
-TEST(half_conversion_agrees_with_the_compiler) {
+TEST(half_conversion_rounds_to_nearest) {
     for (uint32_t h = 0; h < 0x10000; ++h) {
         const float f = fasa::half_to_float(static_cast<uint16_t>(h));
         if ((h & 0x7fff) > 0x7c00) {
@@ -241,7 +249,7 @@ TEST(half_conversion_agrees_with_the_compiler) {
         if (std::isfinite(back) && std::isfinite(next)) {
             CHECK_AT_MOST(std::fabs(back - f), std::fabs(next - back) / 2);
         } else {
-            CHECK(std::fabs(f) >= 65504.0f);
+            CHECK(std::fabs(f) >= 65488.0f); // half a step below the largest half
         }
     }
 }

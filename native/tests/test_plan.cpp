@@ -1,0 +1,245 @@
+// plan(): one row per reason to replace an attention node or to leave it alone.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <map>
+
+#include "decoder.h"
+
+using namespace fasa_test;
+
+namespace {
+
+constexpr int64_t  kCells        = 256;
+constexpr int64_t  kSeen         = 100;
+constexpr uint16_t kHalfMinusInf = 0xfc00;
+
+// How the node of a row differs from one that is replaced.
+struct NodeSpec {
+    int32_t      head_dim = 64, n_head = 4, n_head_kv = 2, n_head_v = 2;
+    int64_t      n_kv = kCells, n_rows = 1, n_stream = 1;
+    int64_t      v_dim  = 64;
+    ggml_type    k_type = GGML_TYPE_F16, v_type = GGML_TYPE_F16;
+    const char * k_name = "cache_k_l0";
+    bool         k_view = true, v_view = true;
+    bool         mask     = true;
+    float        max_bias = 0.0f;
+    int32_t      n_kv_max = 0;
+    bool         no_alloc = false;
+    int64_t      n_seen   = kSeen;
+    // Last changes to the finished node.
+    std::function<void(ggml_context *, ggml_tensor *)> edit;
+};
+
+struct Node {
+    Context       ctx;
+    ggml_tensor * node;
+};
+
+ggml_tensor * cache_view(ggml_context * c, ggml_type type, const char * name, int64_t dim, int64_t heads,
+                         const NodeSpec & s, bool as_view) {
+    if (!as_view) {
+        ggml_tensor * fresh = ggml_new_tensor_4d(c, type, dim, s.n_kv, heads, s.n_stream);
+        ggml_set_name(fresh, name);
+        return fresh;
+    }
+    ggml_tensor * cache = ggml_new_tensor_3d(c, type, dim * heads, kCells, s.n_stream);
+    ggml_set_name(cache, name);
+    ggml_tensor * cells =
+        ggml_view_4d(c, cache, dim, heads, s.n_kv, s.n_stream, ggml_row_size(type, dim), cache->nb[1], cache->nb[2], 0);
+    return ggml_permute(c, cells, 0, 2, 1, 3);
+}
+
+Node make_node(const NodeSpec & s) {
+    const ggml_init_params params = {8 << 20, nullptr, s.no_alloc};
+    Context                ctx(ggml_init(params));
+    ggml_context *         c    = ctx.get();
+    ggml_tensor *          q    = ggml_new_tensor_4d(c, GGML_TYPE_F32, s.head_dim, s.n_rows, s.n_head, s.n_stream);
+    ggml_tensor *          k    = cache_view(c, s.k_type, s.k_name, s.head_dim, s.n_head_kv, s, s.k_view);
+    ggml_tensor *          v    = cache_view(c, s.v_type, "cache_v_l0", s.v_dim, s.n_head_v, s, s.v_view);
+    ggml_tensor *          mask = s.mask ? ggml_new_tensor_4d(c, GGML_TYPE_F16, s.n_kv, s.n_rows, 1, 1) : nullptr;
+    if (mask != nullptr && !s.no_alloc) {
+        auto * p = static_cast<uint16_t *>(mask->data);
+        std::fill(p, p + ggml_nelements(mask), kHalfMinusInf);
+        std::fill(p, p + s.n_seen, 0);
+    }
+    ggml_tensor * node = ggml_flash_attn_ext(c, q, k, v, mask, 0.125f, s.max_bias, 0.0f);
+    if (s.n_kv_max != 0) {
+        ggml_flash_attn_ext_set_n_kv_max(node, s.n_kv_max);
+    }
+    if (s.edit != nullptr) {
+        s.edit(c, node);
+    }
+    return {std::move(ctx), node};
+}
+
+struct Row {
+    const char * what;
+    fasa_reason  reason;
+    NodeSpec     node;
+    fasa_config  config     = config_of(16);
+    bool         profile    = true;
+    bool         empty_rows = false; // the profile keeps no chunk for layer 0
+};
+
+std::vector<Row> rows() {
+    std::vector<Row> all;
+    const auto       add = [&](const char * what, fasa_reason reason, const std::function<void(Row &)> & change) {
+        Row row{what, reason, NodeSpec()};
+        change(row);
+        all.push_back(row);
+    };
+    const auto edit = [&](const char * what, fasa_reason reason,
+                          const std::function<void(ggml_context *, ggml_tensor *)> & change) {
+        add(what, reason, [&](Row & r) { r.node.edit = change; });
+    };
+
+    add("decode step", FASA_REASON_SPARSE, [](Row &) {});
+    add("q8_0 K, f16 V", FASA_REASON_SPARSE, [](Row & r) { r.node.k_type = GGML_TYPE_Q8_0; });
+    add("f16 K, q8_0 V", FASA_REASON_SPARSE, [](Row & r) { r.node.v_type = GGML_TYPE_Q8_0; });
+    add("V head size of its own", FASA_REASON_SPARSE, [](Row & r) { r.node.v_dim = 96; });
+    add("exactly min_ctx visible", FASA_REASON_SPARSE, [](Row & r) { r.config.min_ctx = kSeen; });
+    add("group of 64", FASA_REASON_SPARSE, [](Row & r) { r.node.n_head = 128; });
+
+    add("switched off", FASA_REASON_DISABLED, [](Row & r) { r.config.enabled = 0; });
+    add("switched off, prefill", FASA_REASON_DISABLED, [](Row & r) {
+        r.config.enabled = 0;
+        r.node.n_rows    = 7;
+    });
+    add("two query rows", FASA_REASON_PREFILL, [](Row & r) { r.node.n_rows = 2; });
+    add("two streams", FASA_REASON_STREAMS, [](Row & r) { r.node.n_stream = 2; });
+
+    add("K computed in the graph", FASA_REASON_NO_CACHE, [](Row & r) { r.node.k_view = false; });
+    add("V computed in the graph", FASA_REASON_NO_CACHE, [](Row & r) { r.node.v_view = false; });
+    for (const char * name : {"k", "cache_k_l", "cache_k_l0 (view)", "cache_v_l0", "xcache_k_l0", "cache_k_l0x"}) {
+        add(name, FASA_REASON_NO_CACHE, [&](Row & r) { r.node.k_name = name; });
+    }
+    add("ALiBi", FASA_REASON_ALIBI, [](Row & r) { r.node.max_bias = 8.0f; });
+    add("n_kv_max", FASA_REASON_N_KV_MAX, [](Row & r) { r.node.n_kv_max = 64; });
+
+    for (const ggml_type type : {GGML_TYPE_Q4_0, GGML_TYPE_BF16, GGML_TYPE_F32, GGML_TYPE_Q5_1}) {
+        add("K type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.k_type = type; });
+        add("V type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.v_type = type; });
+    }
+    add("head size 80", FASA_REASON_KV_TYPE, [](Row & r) { r.node.head_dim = 80; });
+    add("V head size 288", FASA_REASON_KV_TYPE, [](Row & r) { r.node.v_dim = 288; });
+    edit("f16 query", FASA_REASON_KV_TYPE, [](ggml_context *, ggml_tensor * n) { n->src[0]->type = GGML_TYPE_F16; });
+
+    add("caches without an address", FASA_REASON_KV_MEMORY, [](Row & r) { r.node.no_alloc = true; });
+
+    add("more KV heads than the profile", FASA_REASON_SHAPE, [](Row & r) { r.node.n_head_kv = r.node.n_head_v = 4; });
+    add("head size not the profile's", FASA_REASON_SHAPE, [](Row & r) { r.node.head_dim = 128; });
+    add("group of 65", FASA_REASON_SHAPE, [](Row & r) { r.node.n_head = 130; });
+    add("V with other heads", FASA_REASON_SHAPE, [](Row & r) { r.node.n_head_v = 1; });
+
+    add("no mask", FASA_REASON_MASK, [](Row & r) { r.node.mask = false; });
+    edit("f32 mask", FASA_REASON_MASK,
+         [](ggml_context * c, ggml_tensor * n) { n->src[3] = ggml_new_tensor_4d(c, GGML_TYPE_F32, kCells, 1, 1, 1); });
+    edit("mask of another length", FASA_REASON_MASK, [](ggml_context * c, ggml_tensor * n) {
+        n->src[3] = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells - 64, 1, 1, 1);
+    });
+    edit("mask per head", FASA_REASON_MASK,
+         [](ggml_context * c, ggml_tensor * n) { n->src[3] = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 4, 1); });
+    edit("mask computed in the graph", FASA_REASON_MASK, [](ggml_context * c, ggml_tensor * n) {
+        n->src[3] = ggml_cast(c, ggml_new_tensor_4d(c, GGML_TYPE_F32, kCells, 1, 1, 1), GGML_TYPE_F16);
+    });
+    edit("mask without data", FASA_REASON_MASK, [](ggml_context *, ggml_tensor * n) { n->src[3]->data = nullptr; });
+
+    add("no profile", FASA_REASON_NO_PROFILE, [](Row & r) { r.profile = false; });
+    add("layer past the profile", FASA_REASON_NO_PROFILE, [](Row & r) { r.node.k_name = "cache_k_l1"; });
+    add("layer without chunks", FASA_REASON_NO_PROFILE, [](Row & r) { r.empty_rows = true; });
+
+    add("below min_ctx", FASA_REASON_SHORT_CONTEXT, [](Row & r) { r.config.min_ctx = kSeen + 1; });
+    add("nothing visible", FASA_REASON_SHORT_CONTEXT, [](Row & r) { r.node.n_seen = 0; });
+
+    add("capture", FASA_REASON_CAPTURE, [](Row & r) { r.config.capture = 1; });
+    add("capture, switched off, prefill, no profile", FASA_REASON_CAPTURE, [](Row & r) {
+        r.config.capture = 1;
+        r.config.enabled = 0;
+        r.node.n_rows    = 5;
+        r.profile        = false;
+    });
+    add("capture with ALiBi", FASA_REASON_ALIBI, [](Row & r) {
+        r.config.capture = 1;
+        r.node.max_bias  = 8.0f;
+    });
+    return all;
+}
+
+} // namespace
+
+TEST(plan_gives_the_reason_of_every_row) {
+    std::map<fasa_reason, int> seen;
+    for (const Row & row : rows()) {
+        const Case c(row.what);
+        AllChunks  source{Shape()}; // 64 dims, 2 KV heads, 1 layer
+        if (row.empty_rows) {
+            std::fill(source.bits.begin(), source.bits.begin() + 32, 0); // one head is enough
+        }
+        const fasa::Profile profile(source.view);
+        const auto          layouts = profile.layouts(0);
+        const Node          node    = make_node(row.node);
+        fasa::MaskCache     masks;
+        fasa::Plan          out{};
+        const fasa_reason   reason = fasa::plan(node.node, row.profile ? &profile : nullptr,
+                                                row.profile ? layouts.get() : nullptr, row.config, masks, &out);
+        if (reason != row.reason) {
+            fail_check(__FILE__, __LINE__,
+                       std::string("plan says ") + fasa_reason_name(reason) + ", expected " +
+                           fasa_reason_name(row.reason));
+        }
+        if (reason == FASA_REASON_SPARSE) {
+            CHECK_EQUAL(out.layer, 0);
+            CHECK_EQUAL(out.n_head, row.node.n_head);
+            CHECK_EQUAL(out.n_head_kv, row.node.n_head_kv);
+            CHECK_EQUAL(out.visible->n_cell, kSeen);
+            CHECK_EQUAL(out.visible->n_block, 2);
+            CHECK(std::strcmp(out.k_root->name, row.node.k_name) == 0);
+        }
+        ++seen[reason];
+    }
+    for (int32_t reason = 0; reason < FASA_REASON_COUNT; ++reason) {
+        const Case c(fasa_reason_name(reason));
+        // NO_MEMORY is the session's: plan allocates nothing.
+        CHECK_EQUAL(seen.count(static_cast<fasa_reason>(reason)), reason == FASA_REASON_NO_MEMORY ? 0 : 1);
+    }
+}
+
+TEST(every_reason_has_a_name_and_a_sentence) {
+    for (int32_t reason = 0; reason < FASA_REASON_COUNT; ++reason) {
+        const std::string text = fasa_reason_text(reason);
+        CHECK(std::string(fasa_reason_name(reason)) != "unknown");
+        CHECK(text.size() > 10 && text.back() == '.');
+    }
+    CHECK(std::string(fasa_reason_name(-1)) == "unknown");
+    CHECK(std::string(fasa_reason_name(FASA_REASON_COUNT)) == "unknown");
+}
+
+TEST(visible_bits_are_those_of_the_mask) {
+    std::mt19937 rng = fresh_rng();
+    for (const int64_t n_kv : {1, 63, 64, 65, 113, 250}) {
+        NodeSpec spec;
+        spec.n_kv            = n_kv;
+        spec.n_seen          = 0;
+        const Node node      = make_node(spec);
+        auto *     mask      = static_cast<uint16_t *>(node.node->src[3]->data);
+        int64_t    n_visible = 0, last = -1;
+        for (int64_t i = 0; i < n_kv; ++i) {
+            if (rng() % 3 != 0) {
+                mask[i] = rng() % 2 != 0 ? 0 : 0xc000; // 0 or -2: any finite bias is visible
+                last    = i;
+                ++n_visible;
+            }
+        }
+        fasa::MaskCache       masks;
+        const fasa::Visible & v = masks.row(node.node->src[3], 0);
+        CHECK_EQUAL(v.words.size(), (n_kv + 63) / 64);
+        CHECK_EQUAL(v.n_cell, n_visible);
+        CHECK_EQUAL(v.n_block, last / 64 + (last >= 0 ? 1 : 0));
+        for (int64_t i = 0; i < 64 * static_cast<int64_t>(v.words.size()); ++i) {
+            CHECK_EQUAL(v.words[i / 64] >> i % 64 & 1u, i < n_kv && mask[i] != kHalfMinusInf);
+        }
+    }
+}

@@ -1,0 +1,354 @@
+"""Calibration finds the chunks that decide, from the queries and keys of the running model."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyfasa import Llama, Profile, calibrate, ranking, reference
+from pyfasa.errors import ModelFileError, ProfileError
+from pyfasa.identity import ModelIdentity
+from support import (
+    NEOX_GROUP_1,
+    NEOX_PARTIAL,
+    NORM,
+    bundled_profile,
+    decode,
+    nmse,
+    opened,
+    opened_plain,
+    random_tokens,
+    write_model,
+)
+
+module = importlib.import_module("pyfasa.calibrate")  # pyfasa.calibrate is the function
+SMALL: dict[str, Any] = {"n_ctx": 640, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_facts() -> Iterator[None]:
+    """A random model has a token per byte, so questions are long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FACTS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "random.gguf", NORM)
+
+
+@pytest.fixture(scope="module")
+def profile(path: Path) -> Profile:
+    return calibrate(path, **SMALL)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of 700 bytes, which are as many tokens of a random model."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 700).astype(np.uint8)))
+    return file
+
+
+# ---- ranking -------------------------------------------------------------------------------------
+
+
+def arrays(
+    seed: int, n_q: int = 5, group: int = 2, n_kv: int = 40, dim: int = 8
+) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    queries = rng.normal(size=(n_q, group, dim)).astype(np.float32)
+    return queries, (rng.normal(size=(n_kv, dim)) + rng.normal(size=dim)).astype(np.float32)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["norm", "neox"]), st.sampled_from([8, 4]))
+@settings(deadline=None)
+def test_variance_against_brute_force(seed: int, rope: str, n_rot: int) -> None:
+    queries, keys = arrays(seed)
+    dims = reference.chunk_dims(8, n_rot, rope)
+    wanted = np.zeros(4)
+    for q in queries.reshape(-1, 8).astype(np.float64):
+        own = [np.var([sum(q[d] * float(k[d]) for d in pair) for k in keys]) for pair in dims]
+        wanted += np.array(own) / sum(own) / 10
+    found = ranking.variance(queries, keys, dims)
+    assert np.allclose(found, wanted, rtol=1e-6)
+    assert found.sum() == pytest.approx(1)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["norm", "neox"]))
+@settings(deadline=None)
+def test_agreement_against_brute_force(seed: int, rope: str) -> None:
+    queries, keys = arrays(seed, n_q=3, n_kv=300)
+    dims = reference.chunk_dims(8, 8, rope)
+    wanted = np.zeros(4)
+    for q in queries.reshape(-1, 8).astype(np.float64):
+        exact = keys.astype(np.float64) @ q
+        best = set(np.argsort(-exact)[:256])
+        for i, pair in enumerate(dims):
+            own = keys[:, pair].astype(np.float64) @ q[pair]
+            wanted[i] += len(best & set(np.argsort(-own)[:256])) / 256 / 6
+    assert np.allclose(ranking.agreement(queries, keys, dims), wanted)
+
+
+@pytest.mark.parametrize("method", ranking.METHODS)
+@pytest.mark.parametrize("planted", [0, 3, 13])
+@pytest.mark.parametrize("rope", ["norm", "neox"])
+def test_a_planted_chunk_is_found(method: str, planted: int, rope: str) -> None:
+    """One chunk decides; another only shifts all scores alike, however large it is."""
+    rng = np.random.default_rng(planted)
+    dims = reference.chunk_dims(64, 64, rope)
+    queries = rng.normal(size=(20, 2, 64)).astype(np.float32)
+    keys = 0.1 * rng.normal(size=(1000, 64)).astype(np.float32)
+    keys[:, dims[planted]] *= 50
+    keys[:, dims[20]] += 100
+    importance = ranking.METHODS[method](queries, keys, dims)
+    assert np.argmax(importance) == planted
+    assert importance[20] < importance[planted] / 2
+
+
+@pytest.mark.parametrize("method", ranking.METHODS)
+def test_keys_that_are_all_alike(method: str) -> None:
+    queries, keys = arrays(0)
+    found = ranking.METHODS[method](queries, np.ones_like(keys), reference.chunk_dims(8, 8, "norm"))
+    assert np.isfinite(found).all()
+    if method == "variance":
+        assert found.tolist() == [0, 0, 0, 0]
+
+
+# ---- calibrate -----------------------------------------------------------------------------------
+
+
+def test_what_a_profile_says_about_itself(path: Path, profile: Profile) -> None:
+    assert profile.identity == ModelIdentity.read(path)
+    assert profile.chunks.shape == profile.bits.shape == (2, 2, 32)
+    assert (np.sort(profile.chunks, axis=2) == np.arange(32)).all()
+    assert (profile.bits == 4).all()
+    assert profile.n_fc == 16
+    assert (profile.method, profile.seed, profile.n_ctx) == ("variance", 0, 640)
+    assert profile.n_queries > 2 * 4
+    assert len(profile.data_sha256) == 64
+    assert profile.created_by.startswith("pyfasa ")
+
+
+def test_stable_under_a_seed(path: Path, profile: Profile) -> None:
+    assert calibrate(path, **SMALL) == profile
+    other = calibrate(path, **SMALL, seed=1)
+    assert other.data_sha256 != profile.data_sha256
+    assert other.seed == 1
+
+
+def test_a_token_per_byte_needs_more_room_for_questions(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FACTS", 16)
+    assert calibrate(path, n_ctx=1024, progress=False).n_queries > 2 * 16 * 7
+
+
+def test_methods_bits_and_n_fc(path: Path, text: Path, profile: Profile) -> None:
+    made = {
+        method: calibrate(path, [text], method=method, n_fc=5, bits=2, **SMALL)
+        for method in ranking.METHODS
+    }
+    assert set(made) == {"variance", "agreement"}
+    for method, found in made.items():
+        assert (found.method, found.n_fc) == (method, 5)
+        assert (found.bits == 2).all()
+    assert not np.array_equal(made["variance"].chunks, made["agreement"].chunks)
+
+
+def test_the_ranking_is_that_of_the_captured_queries_and_keys(path: Path, text: Path) -> None:
+    """calibrate() against its parts: queries of the last tokens, all keys, one KV head each."""
+    found = calibrate(path, [text], **SMALL)
+    dims = reference.chunk_dims(64, 64, "norm")
+    with opened(path, profile=False) as llm:
+        tokens = llm.tokenize(text.read_bytes(), add_bos=True)[:640]
+        llm.eval(tokens[: -module.QUERIES_OF_TEXT])
+        with llm.fasa.capturing() as session:
+            llm.eval(tokens[-module.QUERIES_OF_TEXT :])
+        for layer in range(2):
+            queries = session.captured(layer)
+            keys = session.keys(layer, 2, 64, 0, len(tokens))
+            for head in range(2):
+                own = np.ascontiguousarray(keys[:, head])
+                importance = ranking.variance(queries[:, 2 * head : 2 * head + 2], own, dims)
+                assert found.chunks[layer, head].tolist() == np.argsort(-importance).tolist()
+
+
+def test_capturing_does_not_change_what_the_model_says(path: Path) -> None:
+    tokens = random_tokens(120)
+    with opened_plain(path) as plain:
+        plain.eval(tokens[:100])
+        wanted = decode(plain, tokens[100:])
+    with opened(path, profile=False) as llm:
+        llm.eval(tokens[:100])
+        with llm.fasa.capturing() as session:
+            found = decode(llm, tokens[100:])
+        assert session.captured(1).shape == (20, 4, 64)
+        llm.eval(tokens[:1])
+        assert session.captured(1).shape == (20, 4, 64)  # not any more
+        session.captured_clear()
+        with pytest.raises(RuntimeError, match="Layer 1 has no captured queries"):
+            session.captured(1)
+        with pytest.raises(RuntimeError, match="Layer 9 has not computed attention"):
+            session.keys(9, 2, 64, 0, 10)
+        with pytest.raises(ValueError, match="Cells 0 to 100000 are asked for"):
+            session.keys(1, 2, 64, 0, 100_000)
+    assert nmse(found, wanted) < 5e-4
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_keys_come_back_in_the_basis_of_rope(kv: str, path: Path) -> None:
+    """The Hadamard rotation of a quantized cache is undone, up to the cache's own rounding."""
+    keys, queries = {}, {}
+    tokens = random_tokens(64)
+    for name in ("f16", kv):
+        with opened(path, profile=False, type_k=name) as llm:
+            with llm.fasa.capturing() as session:
+                llm.eval(tokens)
+            keys[name] = session.keys(0, 2, 64, 0, 64)
+            queries[name] = session.captured(0)
+    assert nmse(keys[kv], keys["f16"]) < 1e-4
+    assert nmse(queries[kv], queries["f16"]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [NEOX_GROUP_1, NEOX_PARTIAL], ids=str)
+def test_neox_models(shape: Any, text: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "neox.gguf", shape)
+    found = calibrate(path, [text], **SMALL)
+    assert found.identity.rope == "neox"
+    assert found.chunks.shape == (2, shape.n_head_kv, 32)
+    with opened(path, profile=found, budget=64, min_ctx=0) as llm:
+        llm.fasa.verify = True
+        llm.eval(random_tokens(200))
+        decode(llm, random_tokens(3))
+        assert llm.fasa.counters.nodes["sparse"] == 2 * 3
+        assert llm.fasa.counters.verify_failures == 0
+
+
+def test_texts(path: Path, text: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_bytes(text.read_bytes() * 3)
+    found = calibrate(path, [text, str(long)], **SMALL)
+    assert found.data_name == "text.txt, long.txt"
+    assert found.n_queries == 2 * module.QUERIES_OF_TEXT
+    # Cut to n_ctx: what comes after changes nothing.
+    again = tmp_path / "again" / "long.txt"
+    again.parent.mkdir()
+    again.write_bytes(long.read_bytes()[:1000])
+    assert calibrate(path, [text, again], **SMALL) == found
+
+
+def test_the_bundled_model_keeps_its_index_small(tiny_model_path: Path) -> None:
+    profile = bundled_profile(tiny_model_path)
+    assert profile.n_fc == 16
+    assert (profile.bytes_per_cell() <= 20).all()
+    assert (profile.bytes_per_cell() <= 0.08 * 2 * 2 * 64).all()  # of f16 K and V
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"method": "oracle"}, "method is 'oracle'; it must be one of variance, agreement"),
+        ({"n_ctx": 511}, "n_ctx is 511; fewer than 512 tokens say nothing"),
+        ({"bits": 3}, "bits is 3; it must be 2, 4 or 8"),
+        ({"n_fc": 0}, "n_fc is 0; a head of 64 dims has 1 to 32 chunks"),
+        ({"n_fc": 33}, "n_fc is 33; a head of 64 dims has 1 to 32 chunks"),
+        ({"texts": []}, "texts is an empty list; name files, or leave it out"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_bad_arguments(arguments: dict[str, Any], sentence: str, path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        calibrate(path, **{**SMALL, **arguments})
+
+
+def test_bad_texts(path: Path, text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_bytes(text.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"short\.txt has 4\d\d tokens; .* at least 512"):
+        calibrate(path, [text, short], **SMALL)
+    with pytest.raises(ModelFileError, match=r"none\.txt cannot be read: No such file"):
+        calibrate(path, [tmp_path / "none.txt"], **SMALL)
+    with pytest.raises(ModelFileError, match="cannot be read: Is a directory"):
+        calibrate(path, [tmp_path], **SMALL)
+
+
+def test_bad_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"none\.gguf"):
+        calibrate(tmp_path / "none.gguf", **SMALL)
+    file = tmp_path / "text.gguf"
+    file.write_text("This is no model.")
+    with pytest.raises(ModelFileError, match=r"text\.gguf"):
+        calibrate(file, **SMALL)
+
+
+def test_a_model_without_rope(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model.gguf")
+    content = source.read_bytes().replace(b"general.architecture", b"general.architecture", 1)
+    assert content.count(b"\x05\x00\x00\x00\x00\x00\x00\x00llama") >= 1
+    changed = content.replace(
+        b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00mamba", 1
+    )
+    (tmp_path / "mamba.gguf").write_bytes(changed)
+    with pytest.raises(ProfileError, match="Architecture 'mamba' has no RoPE"):
+        calibrate(tmp_path / "mamba.gguf", **SMALL)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 5])
+def test_an_interruption_leaves_nothing_behind(
+    calls_before: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Llama] = []
+    eval_of: Callable[..., None] = llama_cpp.Llama.eval
+    calls = 0
+
+    class Watched(Llama):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            super().__init__(*args, **kwargs)
+
+    def interrupted(self: Any, tokens: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > calls_before:
+            raise KeyboardInterrupt
+        eval_of(self, tokens)
+
+    monkeypatch.setattr(module, "Llama", Watched)
+    monkeypatch.setattr(llama_cpp.Llama, "eval", interrupted)
+    files, threads = sorted(path.parent.iterdir()), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(path, n_ctx=640, progress=True)
+    monkeypatch.undo()
+    (llm,) = made
+    assert llm.fasa.reason == "The model is closed."
+    assert llm._fasa_session is None
+    assert sorted(path.parent.iterdir()) == files
+    deadline = time.monotonic() + 5  # the progress bar's thread ends at its next tick
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+    with opened_plain(path) as plain:  # and the next model works
+        plain.eval(random_tokens(10))
+
+
+def test_progress_goes_to_stderr_only_when_wanted(
+    path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calibrate(path, [text], **SMALL)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    calibrate(path, [text], n_ctx=640, progress=True)
+    assert capfd.readouterr().out == ""
