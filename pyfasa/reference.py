@@ -73,7 +73,8 @@ class Row:
     def values(self) -> F64:
         """The keys' dims as scoring sees them: (n, n_dim)."""
         middle = (2**self.bits - 1) / 2
-        return self.steps[:, None].astype(np.float64) * (self.codes - middle)
+        values: F64 = np.multiply(self.steps[:, None], self.codes - middle, dtype=np.float64)
+        return values
 
 
 def quantize(x: F32, dims: Ints, bits: int) -> Row:

@@ -1,0 +1,104 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the CSV files in this folder.
+
+`make bench` and `make retrieval` make the data and then call this script. A table stands between two comment lines,
+`<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything between them is replaced.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STAGES = ("index", "score", "select", "attend", "wait", "plan", "rest")
+
+
+def read(name: str) -> list[dict[str, str]]:
+    path = HERE / name
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+    return "\n".join("| " + " | ".join(row) + " |" if row else rule for row in [header, [], *rows])
+
+
+def number(text: str) -> float:
+    return float(text or 0)
+
+
+def pairs() -> list[tuple[dict[str, str], dict[str, str]]]:
+    """(dense, fasa) rows of the same run and depth."""
+    found = []
+    for kv_type in ("f16", "q8_0"):
+        rows = read(f"decode-{kv_type}.csv")
+        dense = {row["n_depth"]: row for row in rows if row["attention"] == "dense"}
+        found += [(dense[r["n_depth"]], r) for r in rows if r["attention"] == "fasa"]
+    return found
+
+
+def decode_table() -> str:
+    rows = [
+        [
+            f"{int(fasa['n_depth']):,}",
+            fasa["type_k"],
+            f"{number(dense['avg_ts']):.1f}",
+            f"{number(fasa['avg_ts']):.1f}",
+            f"**{number(fasa['avg_ts']) / number(dense['avg_ts']):.1f} x**",
+            f"{100 * number(fasa['cells_read']):.1f} %",
+        ]
+        for dense, fasa in pairs()
+    ]
+    header = ["tokens in the cache", "K/V", "llama.cpp t/s", "pyfasa t/s", "ratio", "cells attended"]
+    machine = {fasa["machine"] + f", {fasa['n_threads']} threads" for _, fasa in pairs()}
+    return markdown(header, rows) + f"\n\n{'; '.join(sorted(machine))}; `make bench`."
+
+
+def stage_table() -> str:
+    rows = []
+    for dense, fasa in pairs():
+        if not number(fasa["score_ns"]):
+            continue
+        stages = [f"{number(fasa[f'{stage}_ns']) / 1e3:.0f}" for stage in STAGES]
+        per_token = 1e6 / number(fasa["avg_ts"])
+        rows.append(
+            [f"{int(fasa['n_depth']):,}", fasa["type_k"], f"{1e6 / number(dense['avg_ts']):.0f}", f"{per_token:.0f}"]
+            + stages
+        )
+    return markdown(["depth", "K/V", "dense us", "pyfasa us", *STAGES], rows)
+
+
+def retrieval_table() -> str:
+    answers: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in read("retrieval-8000.csv"):
+        answers[row["setting"]].append(row)
+    rows = []
+    for setting, own in answers.items():
+        right = sum(row["right"] == "True" for row in own)
+        attended = sum(number(row["attended"]) for row in own) / len(own)
+        rows.append([setting, f"{right} of {len(own)}", f"{100 * attended:.1f} %"])
+    return markdown(["setting", "right", "cells attended"], rows)
+
+
+def put(path: Path, tables: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(\n<!-- {name}:end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    tables = {"decode": decode_table(), "stages": stage_table(), "retrieval": retrieval_table()}
+    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        put(path, tables)
+
+
+if __name__ == "__main__":
+    main()
