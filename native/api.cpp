@@ -105,6 +105,10 @@ fasa_status fasa_hadamard(float * x, int64_t n, int32_t size) {
     });
 }
 
+fasa_status fasa_config_check(const fasa_config * config) {
+    return guarded([&] { fasa::check_config(*config); });
+}
+
 fasa_status fasa_session_create(const fasa_profile * profile, const fasa_config * config, fasa_session ** out) {
     return guarded([&] {
         need(config != nullptr && out != nullptr, "config and out must not be NULL.");

@@ -219,10 +219,11 @@ int backends_of(const Session * session) {
     return n;
 }
 
-void watch_buffer(ggml_backend_buffer_t buffer, Session * session) {
+bool watch_buffer(ggml_backend_buffer_t buffer, Session * session) {
     const std::lock_guard<std::mutex> lock(registry().mutex);
-    if (registry().buffers.count(buffer) != 0) {
-        return;
+    const auto                        watched = registry().buffers.find(buffer);
+    if (watched != registry().buffers.end()) {
+        return watched->second.session == session;
     }
     seam::BufferInterface & iface = seam::of(buffer)->iface;
     registry().buffers[buffer]    = {iface, session};
@@ -235,6 +236,7 @@ void watch_buffer(ggml_backend_buffer_t buffer, Session * session) {
     hook(iface.set_tensor_2d, buffer_set_tensor_2d);
     hook(iface.cpy_tensor, buffer_cpy_tensor);
     hook(iface.clear, buffer_clear);
+    return true;
 }
 
 } // namespace fasa

@@ -15,8 +15,9 @@ void unregister_session(Session * session); // undecorates its backends and buff
 // Backends that this thread creates from now on belong to the session; nullptr ends it.
 void arm(Session * session);
 
-int  backends_of(const Session * session);
-void watch_buffer(ggml_backend_buffer_t buffer, Session * session);
+int backends_of(const Session * session);
+// False when another session watches the buffer already: its writes would go unnoticed here.
+bool watch_buffer(ggml_backend_buffer_t buffer, Session * session);
 
 // Fails with a sentence when the structs behind the CPU device are not those of seam.h.
 void check_seam();

@@ -179,6 +179,9 @@ typedef struct fasa_config {
     int32_t isa;     /* fasa_isa; AUTO in production */
 } fasa_config;
 
+/* FASA_STATUS_ARGUMENT with a sentence about the first setting that is out of its range. */
+fasa_status fasa_config_check(const fasa_config * config);
+
 /* ---- session: one llama_context ------------------------------------------------------------------------ */
 
 typedef struct fasa_session fasa_session;

@@ -113,6 +113,7 @@ fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profil
     out->n_head                = static_cast<int32_t>(q->ne[2]);
     out->n_head_kv             = static_cast<int32_t>(k->ne[2]);
     out->visible               = nullptr;
+    out->rotation              = rotation_block(node); // of dense nodes too: keys are read after prefill
 
     if (config.enabled == 0 && config.capture == 0) {
         return FASA_REASON_DISABLED;
@@ -125,6 +126,9 @@ fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profil
     }
     if (out->k_root == nullptr || v->view_src == nullptr) {
         return FASA_REASON_NO_CACHE;
+    }
+    if (k->view_offs % (FASA_BLOCK_CELLS * k->nb[1]) != 0) {
+        return FASA_REASON_STREAMS;
     }
     if (f32_param(node, 1) != 0.0f) {
         return FASA_REASON_ALIBI;
@@ -147,7 +151,6 @@ fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profil
     if (!mask_is_readable(node->src[3], n_kv, n_rows)) {
         return FASA_REASON_MASK;
     }
-    out->rotation = rotation_block(node);
     if (config.capture != 0) {
         return FASA_REASON_CAPTURE;
     }
@@ -188,7 +191,7 @@ const ReasonWords kReasons[FASA_REASON_COUNT] = {
     {"kv_memory", "The KV cache is not in host memory."},
     {"no_cache", "K is not a view of a KV cache tensor."},
     {"n_kv_max", "The model was trained sparse and selects by itself."},
-    {"streams", "The node serves several cache streams at once."},
+    {"streams", "The node serves several cache streams at once, or one that does not start on a block of cells."},
     {"no_memory", "The side index could not be allocated."},
     {"capture", "Queries are being captured; the node computes exact attention."},
 };

@@ -150,7 +150,9 @@ fasa_reason Session::prepare(ggml_tensor * node) {
     if (p.k_root == nullptr || p.k_root->buffer == nullptr || !ggml_backend_buffer_is_host(p.k_root->buffer)) {
         return reason;
     }
-    watch_buffer(p.k_root->buffer, this);
+    if (!watch_buffer(p.k_root->buffer, this)) {
+        return FASA_REASON_NO_CACHE;
+    }
     Layer & layer     = layers_[p.layer];
     layer.k_root      = p.k_root;
     layer.kv          = {};
@@ -209,8 +211,8 @@ void Session::note_write(const ggml_tensor * node) {
 void Session::mark(SideIndex & index, const ggml_tensor * node) {
     const ggml_tensor * rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
     // Row numbers are known before the graph runs only when they are an input in host memory.
-    if (rows == nullptr || rows->type != GGML_TYPE_I64 || rows->op != GGML_OP_NONE || rows->data == nullptr ||
-        (rows->buffer != nullptr && !ggml_backend_buffer_is_host(rows->buffer))) {
+    if (rows == nullptr || node->view_offs != 0 || rows->type != GGML_TYPE_I64 || rows->op != GGML_OP_NONE ||
+        rows->data == nullptr || (rows->buffer != nullptr && !ggml_backend_buffer_is_host(rows->buffer))) {
         index.mark_all();
         return;
     }
@@ -312,10 +314,9 @@ void Session::bytes_written(const void * first, size_t size) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     for (auto & entry : layers_) {
         if (entry.second.index != nullptr) {
-            entry.second.index->mark_bytes(first, size);
+            counters_.stale_events += entry.second.index->mark_bytes(first, size) ? 1 : 0;
         }
     }
-    ++counters_.stale_events;
 }
 
 void Session::buffer_freed(ggml_backend_buffer_t buffer) {

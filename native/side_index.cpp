@@ -53,12 +53,16 @@ void SideIndex::mark_cell(int64_t cell) {
     }
 }
 
-void SideIndex::mark_bytes(const void * first, size_t size) {
+bool SideIndex::mark_bytes(const void * first, size_t size) {
     const int64_t begin = static_cast<const char *>(first) - static_cast<const char *>(root_data_);
     const int64_t end   = begin + static_cast<int64_t>(size);
+    if (end <= 0 || begin >= n_cell_ * row_bytes_) {
+        return false;
+    }
     for (int64_t c = std::max<int64_t>(0, begin / row_bytes_); c < n_cell_ && c * row_bytes_ < end; ++c) {
         mark_cell(c);
     }
+    return true;
 }
 
 void SideIndex::clear_marks(int64_t n_block) { std::fill_n(dirty_.begin() + first_block_, n_block, uint64_t{0}); }

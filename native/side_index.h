@@ -33,7 +33,7 @@ class SideIndex {
 
     void mark_all();
     void mark_cell(int64_t cell);
-    void mark_bytes(const void * first, size_t size); // an overwritten range of K memory
+    bool mark_bytes(const void * first, size_t size); // an overwritten range of memory; true if it touches K
     void clear_marks(int64_t n_block);                // blocks 0 <= b < n_block of the node's view are up to date
 
     // Rebuilds the dirty cells of blocks b0 <= b < b1; threads call it for disjoint ranges. Returns cells rebuilt.

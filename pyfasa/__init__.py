@@ -3,15 +3,30 @@
 ``pyfasa.Llama`` is ``llama_cpp.Llama`` whose decoding speed hardly depends on the length of the context.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from pyfasa.calibrate import calibrate
-from pyfasa.llama import Llama
-from pyfasa.profile import Profile
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("pyfasa")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from pyfasa.calibration import calibrate
+    from pyfasa.llama import Llama
+    from pyfasa.profile import Profile
 
 __all__ = ["Llama", "Profile", "__version__", "calibrate"]
+
+_HOMES = {"Llama": "pyfasa.llama", "Profile": "pyfasa.profile", "calibrate": "pyfasa.calibration"}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when used: `pyfasa doctor` must run where llama-cpp-python is broken."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("pyfasa")
+        except PackageNotFoundError:  # a source tree that was never installed
+            return "0+unknown"
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pyfasa' has no attribute {name!r}")

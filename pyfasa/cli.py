@@ -182,7 +182,7 @@ def calibrate(
     path = output or sidecar_path(model)
     if path.exists() and not force:
         raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
-    from pyfasa.calibrate import calibrate as find_chunks
+    from pyfasa.calibration import calibrate as find_chunks
 
     chosen: dict[str, Any] = {"n_fc": n_fc, "n_ctx": ctx, "bits": bits}
     profile = find_chunks(

@@ -8,9 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stderr
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,16 +204,13 @@ def chat_tokens(llm: llama_cpp.Llama, text: str) -> list[int]:
 
 def prompt_tokens(model: Path, text: str) -> tuple[list[int], int]:
     """chat_tokens of a model file, and the context size it was trained for; loads no weights."""
-    import llama_cpp
 
     from pyfasa.identity import Header
+    from pyfasa.samples import open_vocabulary
 
     header = Header.read(model)
     trained = header.values.get(f"{header.values.get('general.architecture')}.context_length", 0)
-    # verbose=False lets warnings through, and a context without weights earns one
-    with redirect_stderr(StringIO()):
-        vocabulary = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
-    with closing(vocabulary):
+    with closing(open_vocabulary(model)) as vocabulary:
         return chat_tokens(vocabulary, text), int(str(trained))
 
 

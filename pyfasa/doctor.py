@@ -264,7 +264,7 @@ def _devices() -> Finding:
 def _llama_cpp() -> Finding:
     import llama_cpp
 
-    from pyfasa.llama import SUPPORTED_LLAMA_CPP
+    from pyfasa.attach import SUPPORTED_LLAMA_CPP
 
     topic, version = "llama-cpp-python", llama_cpp.__version__
     if version == SUPPORTED_LLAMA_CPP:

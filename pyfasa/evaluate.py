@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="file for the table and the answers")
     chosen = parser.parse_args(arguments)
 
-    from pyfasa.calibrate import calibrate
+    from pyfasa.calibration import calibrate
     from pyfasa.llama import Llama
 
     found = chosen.profile or find_profile(chosen.model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+from pyfasa.attach import Attachment
 from pyfasa.errors import ProfileError
-from pyfasa.identity import ModelIdentity
-from pyfasa.native import Config, Counters, Session, Timings
+from pyfasa.native import Config, Counters, Session, Timings, check_config
 from pyfasa.profile import Profile
 
 
@@ -20,33 +22,27 @@ def make_config(
     recent: int = 32,
 ) -> Config:
     """Settings as users give them: n_fc None is the profile's own, min_ctx None is twice the budget."""
-    for name, value in {
-        "budget": budget,
-        "n_fc": n_fc,
-        "min_ctx": min_ctx,
-        "sinks": sinks,
-        "recent": recent,
-    }.items():
-        optional = name in ("n_fc", "min_ctx")
-        if not (value is None and optional) and (
-            not isinstance(value, int) or isinstance(value, bool)
-        ):
-            raise ValueError(
-                f"{name} is {value!r}; a whole number{' or None' if optional else ''} is needed."
-            )
-    if n_fc is not None and n_fc < 1:
+    if n_fc is not None and _whole("n_fc", n_fc) < 1:
         raise ValueError(
             f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number."
         )
-    if budget < 1:
-        raise ValueError(f"budget is {budget}; it must be at least 1 cell.")
-    return Config(
-        budget=budget,
-        n_fc=n_fc or 0,
-        min_ctx=2 * budget if min_ctx is None else min_ctx,
-        sinks=sinks,
-        recent=recent,
+    config = Config(
+        budget=_whole("budget", budget),
+        n_fc=0 if n_fc is None else _whole("n_fc", n_fc),
+        min_ctx=2 * _whole("budget", budget) if min_ctx is None else _whole("min_ctx", min_ctx),
+        sinks=_whole("sinks", sinks),
+        recent=_whole("recent", recent),
     )
+    check_config(config)
+    return config
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number, also of NumPy's types; True is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        optional = " or None" if name in ("n_fc", "min_ctx") else ""
+        raise ValueError(f"{name} is {value!r}; a whole number{optional} is needed.")
+    return operator.index(value)
 
 
 class Fasa:
@@ -58,14 +54,16 @@ class Fasa:
     before each use and compare; slow). A value out of range raises ValueError and changes nothing.
     """
 
-    def __init__(self, config: Config, identity: ModelIdentity | None = None) -> None:
+    def __init__(self, config: Config, attachment: Attachment, *, follow_budget: bool) -> None:
         self._config = config
         self._n_fc: int | None = config.n_fc or None
-        self._identity = identity
-        self._session: Session | None = None
-        self._profile: Profile | None = None
-        self._reason: str | None = "No context has been created yet."
-        self._min_ctx_follows = config.min_ctx == 2 * config.budget
+        self._session = attachment.session
+        self._identity = attachment.identity
+        self._profile = attachment.profile
+        self._reason = attachment.reason
+        self._min_ctx_follows = follow_budget
+        self.switched = False  # by use()
+        self._apply(config)
 
     # ---- state ----
 
@@ -77,6 +75,8 @@ class Fasa:
     @property
     def reason(self) -> str | None:
         """Why everything is dense, as a sentence; None when FASA is active."""
+        if self._session is not None and self._session.closed:
+            return "The model is closed."
         if self._reason is None and not self._config.enabled:
             return "FASA is switched off; set llm.fasa.enabled = True."
         return self._reason
@@ -115,6 +115,7 @@ class Fasa:
             profile.check_model(self._identity)
         session.set_profile(profile)
         self._profile = profile
+        self.switched = True
         self._reason = None if profile is not None else "The context has no profile."
         self._apply(self._config)
 
@@ -127,31 +128,25 @@ class Fasa:
 
     @budget.setter
     def budget(self, value: int) -> None:
-        checked = make_config(budget=value, sinks=0, recent=0)
-        self._apply(
-            replace(
-                self._config,
-                budget=value,
-                min_ctx=checked.min_ctx if self._min_ctx_follows else self._config.min_ctx,
-            )
-        )
+        checked = make_config(budget=value, sinks=self.sinks, recent=self.recent)
+        min_ctx = checked.min_ctx if self._min_ctx_follows else self._config.min_ctx
+        self._apply(replace(self._config, budget=checked.budget, min_ctx=min_ctx))
 
     @property
     def n_fc(self) -> int:
         """Chunks scored per KV head."""
-        if self._n_fc is not None:
-            return self._n_fc
-        return self._profile.n_fc if self._profile is not None else 0
+        if self._profile is None:
+            return self._n_fc or 0
+        return self._profile.n_fc if self._n_fc is None else min(self._n_fc, self._profile.n_ranked)
 
     @n_fc.setter
     def n_fc(self, value: int | None) -> None:
-        make_config(n_fc=value)
-        previous, self._n_fc = self._n_fc, value
-        try:
-            self._apply(self._config)
-        except ValueError:
-            self._n_fc = previous
-            raise
+        checked = make_config(n_fc=value).n_fc or None
+        ranked = checked if self._profile is None else self._profile.n_ranked
+        if checked is not None and ranked is not None and checked > ranked:
+            raise ValueError(f"n_fc is {checked}; the profile ranks {ranked} chunks.")
+        self._n_fc = checked
+        self._apply(self._config)
 
     @property
     def min_ctx(self) -> int:
@@ -171,7 +166,7 @@ class Fasa:
 
     @sinks.setter
     def sinks(self, value: int) -> None:
-        self._apply(replace(self._config, sinks=make_config(sinks=value).sinks))
+        self._apply(replace(self._config, sinks=_whole("sinks", value)))
 
     @property
     def recent(self) -> int:
@@ -180,7 +175,7 @@ class Fasa:
 
     @recent.setter
     def recent(self, value: int) -> None:
-        self._apply(replace(self._config, recent=make_config(recent=value).recent))
+        self._apply(replace(self._config, recent=_whole("recent", value)))
 
     @property
     def enabled(self) -> bool:
@@ -202,6 +197,16 @@ class Fasa:
 
     # ---- for the rest of the package ----
 
+    def arguments(self) -> dict[str, object]:
+        """The settings as arguments of ``pyfasa.Llama``, as they are now."""
+        return {
+            "budget": self.budget,
+            "n_fc": self._n_fc,
+            "min_ctx": None if self._min_ctx_follows else self.min_ctx,
+            "sinks": self.sinks,
+            "recent": self.recent,
+        }
+
     @contextmanager
     def capturing(self) -> Iterator[Session]:
         """Inside the block the queries of every graph are kept, in ``session.captured``, until it is cleared."""
@@ -216,15 +221,12 @@ class Fasa:
         return replace(config, n_fc=self.n_fc)
 
     def _apply(self, config: Config) -> None:
-        if self._session is not None:
+        check_config(config)
+        if self._session is not None and not self._session.closed:
             self._session.configure(self._native_config(config))
         self._config = config
 
-    def _bind(self, session: Session | None, profile: Profile | None, reason: str | None) -> None:
-        self._session, self._profile, self._reason = session, profile, reason
-        self._apply(self._config)
-
     def _live(self) -> Session:
-        if self._session is None:
-            raise RuntimeError(f"FASA is not attached to this context: {self._reason}")
+        if self._session is None or self._session.closed:
+            raise RuntimeError(f"FASA is not attached to this context: {self.reason}")
         return self._session

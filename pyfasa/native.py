@@ -134,6 +134,8 @@ class Layout:
         center: F32 | None = None,
         scale: F32 | None = None,
     ) -> None:
+        if rope not in ROPE_IDS:
+            raise ValueError(f"rope is {rope!r}; it must be one of {', '.join(ROPE_IDS)}.")
         out = ffi.new("fasa_layout **")
         _check(
             lib.fasa_layout_create(
@@ -249,6 +251,12 @@ def attend(
         raise ValueError(
             f"Cells go from {cells.min()} to {cells.max()}; the cache has {len(kv.k)}."
         )
+    for rows, row_type, dim in ((kv.k, kv.k_type, kv.k_dim), (kv.v, kv.v_type, kv.v_dim)):
+        needed = dim * 2 if row_type == KV_F16 else dim // 32 * 34
+        if rows.ndim != 2 or rows.shape[1] < needed:
+            raise ValueError(
+                f"Rows of K or V have shape {rows.shape}; {needed} bytes per cell are needed."
+            )
     o = np.array(o, np.float32)
     c = ffi.new("fasa_kv *")
     c.k, c.v = _pointer("uint8_t[]", kv.k, np.uint8), _pointer("uint8_t[]", kv.v, np.uint8)
@@ -342,6 +350,11 @@ class Timings:
     total: int
 
 
+def check_config(config: Config) -> None:
+    """ValueError with a sentence about the first setting that is out of its range."""
+    _check(lib.fasa_config_check(_c_config(config)))
+
+
 class Session:
     """The core's side of one llama_context."""
 
@@ -357,6 +370,11 @@ class Session:
         handle, self._handle = self._handle, None
         if handle is not None:
             ffi.release(handle)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._handle is None
 
     def _live(self) -> Any:
         if self._handle is None:

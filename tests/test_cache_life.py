@@ -245,7 +245,7 @@ def test_closed_twice_and_asked_afterwards(path: Path) -> None:
 
 def test_dropped_without_close(path: Path) -> None:
     llm = Llama(str(path), profile=random_profile(path), verbose=False, **SPARSE)
-    session = llm._fasa_session
+    session = llm._fasa.session
     assert session is not None
     del llm
     with pytest.raises(RuntimeError, match="closed"):

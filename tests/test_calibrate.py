@@ -31,7 +31,8 @@ from support import (
     write_model,
 )
 
-module = importlib.import_module("pyfasa.calibrate")  # pyfasa.calibrate is the function
+module = importlib.import_module("pyfasa.calibration")
+samples = importlib.import_module("pyfasa.samples")
 SMALL: dict[str, Any] = {"n_ctx": 640, "progress": False}
 
 
@@ -39,7 +40,7 @@ SMALL: dict[str, Any] = {"n_ctx": 640, "progress": False}
 def few_facts() -> Iterator[None]:
     """A random model has a token per byte, so questions are long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FACTS", 4)
+        patch.setattr(samples, "FACTS", 4)
         yield
 
 
@@ -151,7 +152,7 @@ def test_stable_under_a_seed(path: Path, profile: Profile) -> None:
 def test_a_token_per_byte_needs_more_room_for_questions(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FACTS", 16)
+    monkeypatch.setattr(samples, "FACTS", 16)
     assert calibrate(path, n_ctx=1024, progress=False).n_queries > 2 * 16 * 7
 
 
@@ -173,9 +174,9 @@ def test_the_ranking_is_that_of_the_captured_queries_and_keys(path: Path, text: 
     dims = reference.chunk_dims(64, 64, "norm")
     with opened(path, profile=False) as llm:
         tokens = llm.tokenize(text.read_bytes(), add_bos=True)[:640]
-        llm.eval(tokens[: -module.QUERIES_OF_TEXT])
+        llm.eval(tokens[: -samples.QUERIES_OF_TEXT])
         with llm.fasa.capturing() as session:
-            llm.eval(tokens[-module.QUERIES_OF_TEXT :])
+            llm.eval(tokens[-samples.QUERIES_OF_TEXT :])
         for layer in range(2):
             queries = session.captured(layer)
             keys = session.keys(layer, 2, 64, 0, len(tokens))
@@ -241,7 +242,7 @@ def test_texts(path: Path, text: Path, tmp_path: Path) -> None:
     long.write_bytes(text.read_bytes() * 3)
     found = calibrate(path, [text, str(long)], **SMALL)
     assert found.data_name == "text.txt, long.txt"
-    assert found.n_queries == 2 * module.QUERIES_OF_TEXT
+    assert found.n_queries == 2 * samples.QUERIES_OF_TEXT
     # Cut to n_ctx: what comes after changes nothing.
     again = tmp_path / "again" / "long.txt"
     again.parent.mkdir()
@@ -334,7 +335,7 @@ def test_an_interruption_leaves_nothing_behind(
     monkeypatch.undo()
     (llm,) = made
     assert llm.fasa.reason == "The model is closed."
-    assert llm._fasa_session is None
+    assert llm._fasa.session.closed
     assert sorted(path.parent.iterdir()) == files
     deadline = time.monotonic() + 5  # the progress bar's thread ends at its next tick
     while threading.active_count() > threads and time.monotonic() < deadline:

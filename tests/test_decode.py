@@ -188,7 +188,7 @@ def test_index_is_right_whatever_order_it_is_filled_in(model: Models) -> None:
             llm.eval(PROMPT[65:])
             llm.fasa.enabled = True
             if late:
-                llm._fasa_session.invalidate()
+                llm._fasa.session.invalidate()
             results.append(decode(llm, REST))
             assert llm.fasa.counters.verify_failures == 0
     assert np.array_equal(results[0], results[1])

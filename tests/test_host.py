@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-import pyfasa.llama
+import pyfasa.attach
 from pyfasa import Llama, Profile, calibrate, native
 from pyfasa.embed import sidecar_path
 from pyfasa.errors import DenseWarning, HostError
@@ -38,13 +38,13 @@ def sentence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             "llama-cpp-python 0.3.99 is installed, but this pyfasa works with 0.3.36 only; "
             "run: pip install llama-cpp-python==0.3.36"
         )
-    monkeypatch.setattr(pyfasa.llama, "self_test", fail)
+    monkeypatch.setattr(pyfasa.attach, "self_test", fail)
     return LAYOUT
 
 
 def test_this_host_can_be_decorated(path: Path) -> None:
-    assert llama_cpp.__version__ == pyfasa.llama.SUPPORTED_LLAMA_CPP
-    pyfasa.llama.check_host()
+    assert llama_cpp.__version__ == pyfasa.attach.SUPPORTED_LLAMA_CPP
+    pyfasa.attach.check_host()
     native.self_test()
     built, loaded = native.ggml_versions()
     assert built == loaded

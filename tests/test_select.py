@@ -62,7 +62,7 @@ def budgets(n: int) -> list[int]:
 
 
 @every_isa
-@pytest.mark.parametrize("n_block", [1, 2, 17, 40])
+@pytest.mark.parametrize("n_block", [1, 2, 17, 40, 600])
 @pytest.mark.parametrize("kind", ["gaussian", "ties", "hidden", "few", "clustered", "wide"])
 def test_best_cells(isa: int, n_block: int, kind: str) -> None:
     rng = fresh_rng()

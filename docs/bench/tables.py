@@ -55,7 +55,14 @@ def decode_table() -> str:
         ]
         for dense, fasa in pairs()
     ]
-    header = ["tokens in the cache", "K/V", "llama.cpp t/s", "pyfasa t/s", "ratio", "cells attended"]
+    header = [
+        "tokens in the cache",
+        "K/V",
+        "llama.cpp t/s",
+        "pyfasa t/s",
+        "ratio",
+        "cells attended",
+    ]
     machine = {fasa["machine"] + f", {fasa['n_threads']} threads" for _, fasa in pairs()}
     return markdown(header, rows) + f"\n\n{'; '.join(sorted(machine))}; `make bench`."
 
@@ -66,11 +73,9 @@ def stage_table() -> str:
         if not number(fasa["score_ns"]):
             continue
         stages = [f"{number(fasa[f'{stage}_ns']) / 1e3:.0f}" for stage in STAGES]
-        per_token = 1e6 / number(fasa["avg_ts"])
-        rows.append(
-            [f"{int(fasa['n_depth']):,}", fasa["type_k"], f"{1e6 / number(dense['avg_ts']):.0f}", f"{per_token:.0f}"]
-            + stages
-        )
+        depth, kv_type = f"{int(fasa['n_depth']):,}", fasa["type_k"]
+        dense_us, fasa_us = (f"{1e6 / number(row['avg_ts']):.0f}" for row in (dense, fasa))
+        rows.append([depth, kv_type, dense_us, fasa_us, *stages])
     return markdown(["depth", "K/V", "dense us", "pyfasa us", *STAGES], rows)
 
 

@@ -100,7 +100,7 @@ static void score_block(const Layout & layout, const uint8_t * block, uint64_t v
             for (int q = 0; q < NQ; ++q) {
                 const typename V::F x = bits == V::kLanes ? out[q][v] : V::keep(bits, out[q][v], kHidden);
                 V::store(scores[q] + first, x);
-                peak[q] = V::max(peak[q], x);
+                peak[q] = V::max(x, peak[q]); // this order keeps the peak when x is NaN
             }
         }
     }

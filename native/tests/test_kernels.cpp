@@ -113,7 +113,7 @@ TEST(score_agrees_with_the_reference) {
 
 TEST(select_equals_the_reference) {
     std::mt19937 rng = fresh_rng();
-    for (const int64_t n_block : {1, 5, 17}) {
+    for (const int64_t n_block : {1, 5, 17, 600}) {
         const int64_t n = 64 * n_block;
         for (const int kind : {0, 1, 2, 3}) { // gaussian, ties, half hidden, all equal
             std::vector<float> scores = gaussian(rng, n, 3.0f);

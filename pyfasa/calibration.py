@@ -11,40 +11,23 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import pyfasa
 from pyfasa import reference
-from pyfasa.documents import Document, make_document
-from pyfasa.errors import ModelFileError
+from pyfasa.attach import check_host
 from pyfasa.identity import ModelIdentity
-from pyfasa.llama import Llama, check_host
+from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.ranking import METHODS
+from pyfasa.samples import Sample, make_samples
 
 F64 = npt.NDArray[np.float64]
-
-DOCUMENTS = 2
-FACTS = 16
-QUERIES_OF_TEXT = 128  # of a user's text, the last tokens ask
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Token runs of one document, in order; the queries of runs marked True are used."""
-
-    runs: list[tuple[list[int], bool]]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(tokens) for tokens, _ in self.runs)
 
 
 def calibrate(
@@ -84,6 +67,8 @@ def calibrate(
         raise ValueError(
             f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts."
         )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative.")
     if bits not in (2, 4, 8):
         raise ValueError(f"bits is {bits}; it must be 2, 4 or 8.")
     check_host()
@@ -103,12 +88,8 @@ def calibrate(
     statistics = _Statistics.zeros(identity)
     digest = hashlib.sha256()
     n_queries = 0
-    n_samples = DOCUMENTS if texts is None else len(texts)
-    if n_samples == 0:
-        raise ValueError(
-            "texts is an empty list; name files, or leave it out for the built-in documents."
-        )
-    room = n_ctx + 1024  # questions and answers follow the document
+    samples = make_samples(model_path, texts, n_ctx, seed)
+    room = max(sample.n_tokens for sample in samples)
     with (
         closing(
             Llama(model_path, profile=False, n_ctx=room, n_threads=os.cpu_count(), verbose=False)
@@ -117,8 +98,8 @@ def calibrate(
             *columns, disable=not progress, transient=True, console=Console(stderr=True)
         ) as bar,
     ):
-        task = bar.add_task("calibrating", total=n_samples * (identity.n_layer + 1))
-        for sample in _samples(llm, texts, n_ctx, seed):
+        task = bar.add_task("calibrating", total=len(samples) * (identity.n_layer + 1))
+        for sample in samples:
             digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
             for _ in _add_sample(statistics, llm, identity, sample, method):
                 bar.advance(task)
@@ -140,7 +121,7 @@ def calibrate(
         n_ctx=n_ctx,
         n_queries=n_queries,
         seed=seed,
-        created_by=f"pyfasa {_own_version()}",
+        created_by=f"pyfasa {pyfasa.__version__}",
     )
 
 
@@ -179,7 +160,7 @@ class _Statistics:
 
 
 def _add_sample(
-    statistics: _Statistics, llm: Llama, identity: ModelIdentity, sample: _Sample, method: str
+    statistics: _Statistics, llm: Llama, identity: ModelIdentity, sample: Sample, method: str
 ) -> Iterator[None]:
     """Evaluates a sample and adds it up; yields after the evaluation and after each layer."""
     dims = reference.chunk_dims(identity.head_dim, identity.n_rot, identity.rope)
@@ -209,83 +190,5 @@ def _add_sample(
         yield
 
 
-def _samples(
-    llm: Llama, texts: Sequence[str | os.PathLike[str]] | None, n_ctx: int, seed: int
-) -> Iterator[_Sample]:
-    if texts is None:
-        for i in range(DOCUMENTS):
-            yield _with_questions(llm, n_ctx, seed * DOCUMENTS + i)
-        return
-    for text in texts:
-        path = Path(text)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ModelFileError(
-                f"The calibration text {path} cannot be read: {error.strerror}."
-            ) from error
-        tokens = llm.tokenize(content, add_bos=True)[:n_ctx]
-        if len(tokens) < 512:
-            raise ValueError(
-                f"{path} has {len(tokens)} tokens; a calibration text needs at least 512."
-            )
-        yield _Sample([(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)])
-
-
-def _with_questions(llm: Llama, n_ctx: int, seed: int) -> _Sample:
-    """A document in the model's chat template, then every question with its answer as further turns."""
-
-    def tokenize(text: str, *, start: bool = False) -> list[int]:
-        return list(llm.tokenize(text.encode(), add_bos=start, special=True))
-
-    document = make_document(tokenize, n_ctx - 64, FACTS, seed)
-    turns = _turns(llm, document)
-    # Only answers are counted: each of their tokens is found by looking back at one place of the document.
-    return _Sample(
-        [(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)]
-    )
-
-
-def _turns(llm: Llama, document: Document) -> list[tuple[str, bool]]:
-    """Text runs, True for answers. Without a chat template: questions and answers on lines of their own."""
-    template = llm.metadata.get("tokenizer.chat_template")
-    rng = np.random.default_rng(len(document.text))
-    facts = [document.facts[i] for i in rng.permutation(len(document.facts))]
-    if template is None:
-        runs = [(document.text, False)]
-        for fact in facts:
-            runs += [(f"\n\nQuestion: {fact.question}\nAnswer: ", False), (fact.answer, True)]
-        return runs
-    formatter = Jinja2ChatFormatter(
-        template=template,
-        eos_token=llm._model.token_get_text(llm.token_eos()) if llm.token_eos() != -1 else "",
-        bos_token="",
-    )
-    messages: list[dict[str, str]] = []
-    runs = []
-    done = ""
-    for i, fact in enumerate(facts):
-        content = f"{document.text}\n\n{fact.question}" if i == 0 else fact.question
-        messages.append({"role": "user", "content": content})
-        prompt = formatter(messages=cast("Any", messages)).prompt
-        runs += [(prompt[_shared(done, prompt) :], False), (fact.answer, True)]
-        done = prompt + fact.answer
-        messages.append({"role": "assistant", "content": fact.answer})
-    return runs
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the common beginning."""
-    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(unequal, min(len(a), len(b)))
-
-
 def _names(texts: Sequence[str | os.PathLike[str]]) -> str:
     return ", ".join(Path(text).name for text in texts)
-
-
-def _own_version() -> str:
-    try:
-        return version("pyfasa")
-    except PackageNotFoundError:
-        return "from a source tree"

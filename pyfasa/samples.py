@@ -1,0 +1,122 @@
+"""The token runs that calibration evaluates: documents with questions about them, or a user's texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from pyfasa.documents import Document, make_document
+from pyfasa.errors import ModelFileError
+
+DOCUMENTS = 2
+FACTS = 16
+QUERIES_OF_TEXT = 128  # of a user's text, the last tokens ask
+MIN_TEXT = 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token runs of one document, in order; the queries of runs marked True are used."""
+
+    runs: list[tuple[list[int], bool]]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(tokens) for tokens, _ in self.runs)
+
+
+def open_vocabulary(model_path: str | os.PathLike[str]) -> llama_cpp.Llama:
+    """A model without weights: tokenizer, metadata and chat template."""
+    # verbose=False lets warnings through, and a context without weights earns one.
+    with redirect_stderr(StringIO()):
+        return llama_cpp.Llama(os.fspath(model_path), vocab_only=True, verbose=False)
+
+
+def make_samples(
+    model_path: str | os.PathLike[str],
+    texts: Sequence[str | os.PathLike[str]] | None,
+    n_ctx: int,
+    seed: int,
+) -> list[Sample]:
+    """One sample per text, or the built-in documents; ``pyfasa.calibrate`` documents arguments and errors."""
+    if texts is not None and len(texts) == 0:
+        raise ValueError(
+            "texts is an empty list; name files, or leave it out for the built-in documents."
+        )
+    # The context's size depends on the samples, so they are made with the vocabulary alone.
+    with closing(open_vocabulary(model_path)) as vocab:
+        if texts is None:
+            return [_with_questions(vocab, n_ctx, seed * DOCUMENTS + i) for i in range(DOCUMENTS)]
+        return [_from_text(vocab, Path(text), n_ctx) for text in texts]
+
+
+def _from_text(vocab: llama_cpp.Llama, path: Path, n_ctx: int) -> Sample:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(
+            f"The calibration text {path} cannot be read: {error.strerror}."
+        ) from error
+    tokens = vocab.tokenize(content, add_bos=True)[:n_ctx]
+    if len(tokens) < MIN_TEXT:
+        raise ValueError(
+            f"{path} has {len(tokens)} tokens; a calibration text needs at least {MIN_TEXT}."
+        )
+    return Sample([(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)])
+
+
+def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int) -> Sample:
+    """A document in the model's chat template, then every question with its answer as further turns."""
+
+    def tokenize(text: str, *, start: bool = False) -> list[int]:
+        return list(vocab.tokenize(text.encode(), add_bos=start, special=True))
+
+    document = make_document(tokenize, n_ctx - 64, FACTS, seed)
+    turns = _turns(vocab, document)
+    # Only answers are counted: each of their tokens is found by looking back at one place of the document.
+    return Sample(
+        [(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)]
+    )
+
+
+def _turns(vocab: llama_cpp.Llama, document: Document) -> list[tuple[str, bool]]:
+    """Text runs, True for answers. Without a chat template: questions and answers on lines of their own."""
+    template = vocab.metadata.get("tokenizer.chat_template")
+    rng = np.random.default_rng(len(document.text))
+    facts = [document.facts[i] for i in rng.permutation(len(document.facts))]
+    if template is None:
+        runs = [(document.text, False)]
+        for fact in facts:
+            runs += [(f"\n\nQuestion: {fact.question}\nAnswer: ", False), (fact.answer, True)]
+        return runs
+    formatter = Jinja2ChatFormatter(
+        template=template,
+        eos_token=vocab._model.token_get_text(vocab.token_eos()) if vocab.token_eos() != -1 else "",
+        bos_token="",
+    )
+    messages: list[dict[str, str]] = []
+    runs = []
+    done = ""
+    for i, fact in enumerate(facts):
+        content = f"{document.text}\n\n{fact.question}" if i == 0 else fact.question
+        messages.append({"role": "user", "content": content})
+        prompt = formatter(messages=cast("Any", messages)).prompt
+        runs += [(prompt[_shared(done, prompt) :], False), (fact.answer, True)]
+        done = prompt + fact.answer
+        messages.append({"role": "assistant", "content": fact.answer})
+    return runs
+
+
+def _shared(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
