@@ -127,27 +127,25 @@ fasa_kv kv_of(const NodeWork & w, int64_t head, int64_t row) {
     return kv;
 }
 
-// score for this thread's share of the blocks, after the index of these blocks is up to date.
-void score_share(const NodeWork & w, int ith, int nth, StageClock & clock) {
-    const int64_t n_block = w.plan.visible->n_block;
-    const int64_t b0      = n_block * ith / nth;
-    const int64_t b1      = n_block * (ith + 1) / nth;
-    const int64_t n       = w.index->refresh(b0, b1);
-    if (n > 0) {
+// score for a part of the index, after that part is up to date.
+void score_part(const NodeWork & w, const SideIndex::Part & part, StageClock & clock) {
+    const int64_t n = w.index->refresh(part);
+    if (n > 0 && part.h0 == 0) { // a cell counts once, whatever threads share its heads
         *w.n_indexed += n;
     }
     if (w.config->verify != 0) {
-        *w.n_verify_failures += w.index->verify(b0, b1);
+        *w.n_verify_failures += w.index->verify(part);
     }
     clock.to(w.timings->index);
-    const int32_t group = w.plan.n_head / w.plan.n_head_kv;
-    for (int32_t h = 0; h < w.plan.n_head_kv; ++h) {
+    const int64_t n_block = w.plan.visible->n_block;
+    const int32_t group   = w.plan.n_head / w.plan.n_head_kv;
+    for (int32_t h = part.h0; h < part.h1; ++h) {
         const Layout & layout = w.index->layout(h);
         float          q[FASA_MAX_GROUP * FASA_MAX_HEAD_DIM];
         for (int32_t i = 0; i < group; ++i) {
             rope_query(w, h * group + i, 0, q + i * layout.head_dim);
         }
-        w.kernels->score(layout, q, group, w.index->blocks(h), w.plan.visible->words.data(), n_block, b0, b1,
+        w.kernels->score(layout, q, group, w.index->blocks(h), w.plan.visible->words.data(), n_block, part.b0, part.b1,
                          w.scratch->scores.get() + h * group * n_block * FASA_BLOCK_CELLS,
                          w.scratch->peaks.get() + h * group * n_block * FASA_PEAKS);
     }
@@ -179,46 +177,33 @@ void attend_part(const NodeWork & w, int64_t head, int split, int n_split) {
     w.kernels->attend(kv_of(w, head, 0), query(w, head, 0), cells + first, last - first, s.m, s.d, s.o);
 }
 
-// Threads share heads when there are enough of them, and parts of heads' selections when not. 1.25: below that
-// imbalance whole heads win, since they need no second barrier and no merge.
-int splits_for(int n_head, int nth) {
-    const int rounds = (n_head + nth - 1) / nth;
-    if (rounds * nth * 4 <= n_head * 5) {
-        return 1;
-    }
-    return std::min(Scratch::kMaxSplits, std::max(2, (2 * nth + n_head - 1) / n_head));
+// Whole tasks per thread when at most a fifth of the threads' time would be spent waiting for the last one.
+bool divides_well(int n_task, int nth) {
+    const int rounds = (n_task + nth - 1) / nth;
+    return rounds * nth * 4 <= n_task * 5;
 }
 
-void run_sparse(const NodeWork & w, int ith, int nth) {
-    StageClock clock(ith == 0);
-    score_share(w, ith, nth, clock);
-    w.barrier->wait(nth);
-    clock.to(w.timings->wait);
-
-    const int     n_head  = w.plan.n_head;
-    const int     n_split = splits_for(n_head, nth);
-    const int64_t h0      = static_cast<int64_t>(n_head) * ith / nth;
-    const int64_t h1      = static_cast<int64_t>(n_head) * (ith + 1) / nth;
-    int64_t       n       = 0;
+// select and attend for heads h0 <= h < h1; the result is written.
+void run_heads(const NodeWork & w, int64_t h0, int64_t h1, StageClock & clock) {
     for (int64_t h = h0; h < h1; ++h) {
         select_head(w, h);
-        n += w.scratch->n_selected[h];
         clock.to(w.timings->select);
-        if (n_split == 1) {
-            attend_part(w, h, 0, 1);
-            finish(w, state_of(w, h, 0), h, 0);
-            clock.to(w.timings->attend);
-        }
+        attend_part(w, h, 0, 1);
+        finish(w, state_of(w, h, 0), h, 0);
+        clock.to(w.timings->attend);
     }
-    const fasa_kv kv = kv_of(w, 0, 0);
-    *w.n_attended += n;
-    *w.bytes_attended += n * (kv_row_bytes(kv.k_type, kv.k_dim) + kv_row_bytes(kv.v_type, kv.v_dim));
-    if (n_split == 1) {
-        return;
+}
+
+// Fewer heads than threads: parts of each head's selection, merged at the end.
+void run_splits(const NodeWork & w, int ith, int nth, int64_t h0, int64_t h1, StageClock & clock) {
+    const int n_split = std::min(Scratch::kMaxSplits, std::max(2, (2 * nth + w.plan.n_head - 1) / w.plan.n_head));
+    for (int64_t h = h0; h < h1; ++h) {
+        select_head(w, h);
     }
+    clock.to(w.timings->select);
     w.barrier->wait(nth);
     clock.to(w.timings->wait);
-    for (int task = ith; task < n_head * n_split; task += nth) {
+    for (int task = ith; task < w.plan.n_head * n_split; task += nth) {
         attend_part(w, task / n_split, task % n_split, n_split);
     }
     clock.to(w.timings->attend);
@@ -232,6 +217,37 @@ void run_sparse(const NodeWork & w, int ith, int nth) {
         finish(w, s, h, 0);
     }
     clock.to(w.timings->attend);
+}
+
+void run_sparse(const NodeWork & w, int ith, int nth) {
+    StageClock    clock(ith == 0);
+    const int64_t n_block   = w.plan.visible->n_block;
+    const int32_t n_head_kv = w.plan.n_head_kv;
+    int64_t       h0        = static_cast<int64_t>(w.plan.n_head) * ith / nth;
+    int64_t       h1        = static_cast<int64_t>(w.plan.n_head) * (ith + 1) / nth;
+    if (divides_well(n_head_kv, nth)) { // no barrier, and a head's scores stay in its thread's cache
+        const SideIndex::Part part = {0, n_block, n_head_kv * ith / nth, n_head_kv * (ith + 1) / nth};
+        score_part(w, part, clock);
+        h0 = static_cast<int64_t>(part.h0) * (w.plan.n_head / n_head_kv);
+        h1 = static_cast<int64_t>(part.h1) * (w.plan.n_head / n_head_kv);
+        run_heads(w, h0, h1, clock);
+    } else {
+        score_part(w, {n_block * ith / nth, n_block * (ith + 1) / nth, 0, n_head_kv}, clock);
+        w.barrier->wait(nth);
+        clock.to(w.timings->wait);
+        if (divides_well(w.plan.n_head, nth)) {
+            run_heads(w, h0, h1, clock);
+        } else {
+            run_splits(w, ith, nth, h0, h1, clock);
+        }
+    }
+    int64_t n = 0;
+    for (int64_t h = h0; h < h1; ++h) {
+        n += w.scratch->n_selected[h];
+    }
+    const fasa_kv kv = kv_of(w, 0, 0);
+    *w.n_attended += n;
+    *w.bytes_attended += n * (kv_row_bytes(kv.k_type, kv.k_dim) + kv_row_bytes(kv.v_type, kv.v_dim));
 }
 
 // Exact attention of every row over all its visible cells, and a copy of the queries.

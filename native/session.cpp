@@ -90,10 +90,16 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
         scan(graph);
         reserve_scratch();
         find_forced();
+        complete_work();
     } catch (const std::exception &) { // no memory for work space: everything dense, and counted
+        for (auto & entry : layers_) { // the scan may have ended before it saw all writes
+            if (entry.second.index != nullptr) {
+                entry.second.index->mark_all();
+            }
+        }
         for (const NodeWork & w : work_) {
             ++counters_.nodes[FASA_REASON_NO_MEMORY];
-            --counters_.nodes[w.captured != nullptr ? FASA_REASON_CAPTURE : FASA_REASON_SPARSE];
+            --counters_.nodes[w.index == nullptr ? FASA_REASON_CAPTURE : FASA_REASON_SPARSE];
         }
         work_.clear();
     }
@@ -263,7 +269,7 @@ void Session::find_forced() {
     }
 }
 
-void Session::replace() {
+void Session::complete_work() {
     saved_.resize(work_.size());
     for (size_t i = 0; i < work_.size(); ++i) {
         NodeWork & w          = work_[i];
@@ -291,8 +297,14 @@ void Session::replace() {
             counters_.bytes_scored += w.plan.visible->n_block * w.index->block_bytes();
             counters_.cells_verified += config_.verify != 0 ? w.plan.visible->n_cell : 0;
         }
-        Saved & saved = saved_[i];
-        saved.op      = w.node->op;
+    }
+}
+
+void Session::replace() {
+    for (size_t i = 0; i < work_.size(); ++i) {
+        NodeWork & w     = work_[i];
+        Saved &    saved = saved_[i];
+        saved.op         = w.node->op;
         std::memcpy(saved.op_params, w.node->op_params, sizeof(saved.op_params));
         const seam::CustomOp op = {run_node, GGML_N_TASKS_MAX, &w};
         static_assert(sizeof(op) <= sizeof(saved.op_params), "op_params must hold a custom op");

@@ -64,6 +64,7 @@ class Session {
     static void mark(SideIndex & index, const ggml_tensor * node);
     void        reserve_scratch();
     void        find_forced();
+    void        complete_work();
     void        replace();
     void        refuse_while_running(const char * what) const;
     void        restore();

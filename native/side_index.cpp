@@ -73,17 +73,17 @@ void SideIndex::read_key(int64_t cell, int32_t head, float * out) const {
     undo_rotation(out, head_dim_, rotation_);
 }
 
-int64_t SideIndex::refresh(int64_t b0, int64_t b1) {
+int64_t SideIndex::refresh(const Part & part) {
     int64_t n = 0;
     float   key[FASA_MAX_HEAD_DIM];
-    for (int64_t b = b0; b < b1; ++b) {
+    for (int64_t b = part.b0; b < part.b1; ++b) {
         for (uint64_t bits = dirty_[first_block_ + b]; bits != 0; bits &= bits - 1) {
             const int32_t c    = __builtin_ctzll(bits);
             const int64_t cell = b * FASA_BLOCK_CELLS + c;
             if (first_block_ * FASA_BLOCK_CELLS + cell >= n_cell_) {
                 break;
             }
-            for (int32_t h = 0; h < n_head_kv_; ++h) {
+            for (int32_t h = part.h0; h < part.h1; ++h) {
                 read_key(cell, h, key);
                 layout(h).write(key, data_[h].get() + (first_block_ + b) * layout(h).block_bytes, c);
             }
@@ -93,12 +93,12 @@ int64_t SideIndex::refresh(int64_t b0, int64_t b1) {
     return n;
 }
 
-int64_t SideIndex::verify(int64_t b0, int64_t b1) {
+int64_t SideIndex::verify(const Part & part) {
     int64_t              failures = 0;
     float                key[FASA_MAX_HEAD_DIM];
     std::vector<uint8_t> before;
-    for (int64_t b = b0; b < b1; ++b) {
-        for (int32_t h = 0; h < n_head_kv_; ++h) {
+    for (int64_t b = part.b0; b < part.b1; ++b) {
+        for (int32_t h = part.h0; h < part.h1; ++h) {
             const Layout & l     = layout(h);
             uint8_t *      block = data_[h].get() + (first_block_ + b) * l.block_bytes;
             for (int32_t c = 0; c < FASA_BLOCK_CELLS; ++c) {

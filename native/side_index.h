@@ -36,11 +36,17 @@ class SideIndex {
     bool mark_bytes(const void * first, size_t size); // an overwritten range of memory; true if it touches K
     void clear_marks(int64_t n_block);                // blocks 0 <= b < n_block of the node's view are up to date
 
-    // Rebuilds the dirty cells of blocks b0 <= b < b1; threads call it for disjoint ranges. Returns cells rebuilt.
-    int64_t refresh(int64_t b0, int64_t b1);
+    // Part of the index: blocks b0 <= b < b1 of KV heads h0 <= h < h1. Threads work on disjoint parts.
+    struct Part {
+        int64_t b0, b1;
+        int32_t h0, h1;
+    };
 
-    // Rebuilds every cell of the blocks; returns how many entries were not what K says.
-    int64_t verify(int64_t b0, int64_t b1);
+    // Rebuilds the dirty cells of a part; returns how many it had.
+    int64_t refresh(const Part & part);
+
+    // Rebuilds every cell of a part; returns how many entries were not what K says.
+    int64_t verify(const Part & part);
 
     const Layout &  layout(int32_t head) const { return (*layouts_)[layer_][head]; }
     const uint8_t * blocks(int32_t head) const { return data_[head].get() + first_block_ * layout(head).block_bytes; }
