@@ -17,6 +17,16 @@ def tiny_model_path() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def plain_model_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without its profile."""
+    from pyfasa.embed import remove
+
+    path = tmp_path_factory.mktemp("plain") / tiny_model_path.name
+    remove(tiny_model_path, path)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _no_upstream_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLAMA_ATTN_ROT_DISABLE", "PYFASA_DEBUG"):

@@ -154,9 +154,9 @@ def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
         Profile.load(path)
 
 
-def test_a_model_without_a_profile_says_so(tiny_model_path: Path) -> None:
+def test_a_model_without_a_profile_says_so(plain_model_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"holds no pyfasa profile.*pyfasa calibrate"):
-        Profile.load(tiny_model_path)
+        Profile.load(plain_model_path)
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:

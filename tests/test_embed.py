@@ -30,9 +30,9 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_embedded(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_embedded(plain_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("embed") / "tiny.gguf"
-    embed(tiny_model_path, profile_of(tiny_model_path), path)
+    embed(plain_model_path, profile_of(plain_model_path), path)
     return path
 
 
@@ -46,11 +46,11 @@ def pairs(path: Path) -> dict[str, bytes]:
     }
 
 
-def test_everything_else_is_kept_bit_for_bit(tiny_model_path: Path, tiny_embedded: Path) -> None:
-    before, after = pairs(tiny_model_path), pairs(tiny_embedded)
+def test_everything_else_is_kept_bit_for_bit(plain_model_path: Path, tiny_embedded: Path) -> None:
+    before, after = pairs(plain_model_path), pairs(tiny_embedded)
     assert list(before) == list(after)
     assert before == after
-    old, new = gguf.GGUFReader(tiny_model_path), gguf.GGUFReader(tiny_embedded)
+    old, new = gguf.GGUFReader(plain_model_path), gguf.GGUFReader(tiny_embedded)
     assert new.data_offset % new.alignment == 0
     assert len(old.tensors) == len(new.tensors)
     for a, b in zip(old.tensors, new.tensors, strict=True):
@@ -62,10 +62,10 @@ def test_everything_else_is_kept_bit_for_bit(tiny_model_path: Path, tiny_embedde
         np.testing.assert_array_equal(a.data, b.data)
 
 
-def test_extract_gives_the_profile_back(tiny_model_path: Path, tiny_embedded: Path) -> None:
-    assert extract(tiny_embedded) == profile_of(tiny_model_path)
+def test_extract_gives_the_profile_back(plain_model_path: Path, tiny_embedded: Path) -> None:
+    assert extract(tiny_embedded) == profile_of(plain_model_path)
     with pytest.raises(ProfileError, match="holds no pyfasa profile"):
-        extract(tiny_model_path)
+        extract(plain_model_path)
 
 
 def test_llama_cpp_loads_the_copy(tiny_embedded: Path) -> None:
@@ -75,9 +75,9 @@ def test_llama_cpp_loads_the_copy(tiny_embedded: Path) -> None:
     llm.close()
 
 
-def test_remove_undoes_embed(tiny_model_path: Path, tiny_embedded: Path, tmp_path: Path) -> None:
+def test_remove_undoes_embed(plain_model_path: Path, tiny_embedded: Path, tmp_path: Path) -> None:
     remove(tiny_embedded, tmp_path / "plain.gguf")
-    assert (tmp_path / "plain.gguf").read_bytes() == tiny_model_path.read_bytes()
+    assert (tmp_path / "plain.gguf").read_bytes() == plain_model_path.read_bytes()
     with pytest.raises(ProfileError, match="carries no pyfasa profile"):
         remove(tmp_path / "plain.gguf", tmp_path / "again.gguf")
 
@@ -169,10 +169,10 @@ def test_an_existing_file_is_replaced_only_with_force(model: Path, tmp_path: Pat
     assert extract(model) == profile
 
 
-def test_a_profile_of_another_model_is_refused(model: Path, tiny_model_path: Path) -> None:
+def test_a_profile_of_another_model_is_refused(model: Path, plain_model_path: Path) -> None:
     out = model.with_name("out.gguf")
     with pytest.raises(ProfileError, match="'pyfasa-tiny-12m' and does not fit 'small'"):
-        embed(model, profile_of(tiny_model_path), out)
+        embed(model, profile_of(plain_model_path), out)
     assert not out.exists()
 
 
