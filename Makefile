@@ -100,8 +100,8 @@ bench: setup
 
 retrieval: setup
 	mkdir -p docs/bench
-	$(BIN)/python -m pyfasa.evaluate $(MODEL) --tokens 8000 --questions 40 --csv docs/bench/retrieval-8000.csv \
-		> docs/bench/retrieval-8000.md
+	$(BIN)/python -m pyfasa.evaluate $(MODEL) --tokens 8000 --questions 40 \
+		--csv docs/bench/retrieval-8000.csv
 	$(BIN)/python docs/bench/tables.py
 
 clean:

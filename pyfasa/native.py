@@ -253,7 +253,7 @@ def attend(
         )
     for rows, row_type, dim in ((kv.k, kv.k_type, kv.k_dim), (kv.v, kv.v_type, kv.v_dim)):
         needed = dim * 2 if row_type == KV_F16 else dim // 32 * 34
-        if rows.ndim != 2 or rows.shape[1] < needed and dim <= lib.FASA_MAX_HEAD_DIM:
+        if rows.ndim != 2 or (rows.shape[1] < needed and dim <= lib.FASA_MAX_HEAD_DIM):
             raise ValueError(
                 f"Rows of K or V have shape {rows.shape}; {needed} bytes per cell are needed."
             )

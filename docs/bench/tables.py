@@ -97,8 +97,8 @@ def retrieval_table(*, short: bool) -> str:
 def put(path: Path, tables: dict[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(\n<!-- {name}:end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = pattern.sub(rf"\g<1>{table}\n\g<2>", text)
     path.write_text(text, encoding="utf-8")
 
 
