@@ -1,5 +1,5 @@
-// The stages for any CPU: the shared code over a vector of 8 floats that is a plain array. Compilers turn its loops
-// into whatever vectors the build's baseline has.
+// The stages for any CPU, over the vector types of GCC and Clang: they become whatever the build's baseline has, SSE2
+// on x86-64 and NEON on AArch64.
 #include "common.h"
 
 namespace fasa {
@@ -10,51 +10,34 @@ struct V {
     static constexpr int      kQueries = 2;
     static constexpr uint32_t kLanes   = 0xff;
 
-    struct F {
-        float x[W];
-    };
-    struct Bytes {
-        uint8_t x[4 * W];
-    };
-    struct Acc {
-        int32_t x[W];
-    };
+    // Vectors of GCC and Clang: operators work lane by lane, on two or more registers where one is too small.
+    typedef float    F __attribute__((vector_size(32)));
+    typedef uint16_t Bytes __attribute__((vector_size(32))); // two code bytes per lane
+    typedef int16_t  Acc __attribute__((vector_size(32)));   // two sums per cell
 
     template <typename G> static F each(G && g) {
         F r;
         for (int i = 0; i < W; ++i) {
-            r.x[i] = g(i);
+            r[i] = g(i);
         }
         return r;
     }
 
-    static F set(float a) {
-        return each([=](int) { return a; });
-    }
+    static F set(float a) { return F{} + a; }
     static F load(const float * p) {
-        return each([=](int i) { return p[i]; });
+        F r;
+        std::memcpy(&r, p, sizeof(r));
+        return r;
     }
-    static void store(float * p, const F & a) { std::memcpy(p, a.x, sizeof(a.x)); }
-    static F    add(const F & a, const F & b) {
-        return each([&](int i) { return a.x[i] + b.x[i]; });
-    }
-    static F sub(const F & a, const F & b) {
-        return each([&](int i) { return a.x[i] - b.x[i]; });
-    }
-    static F mul(const F & a, const F & b) {
-        return each([&](int i) { return a.x[i] * b.x[i]; });
-    }
-    static F fma(const F & a, const F & b, const F & c) {
-        return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
-    }
-    static F fms(const F & a, const F & b, const F & c) {
-        return each([&](int i) { return a.x[i] * b.x[i] - c.x[i]; });
-    }
-    static F max(const F & a, const F & b) {
-        return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
-    }
-    static F exp(const F & a) {
-        return each([&](int i) { return a.x[i] < kExpMin ? 0.0f : std::exp(a.x[i]); });
+    static void store(float * p, const F & a) { std::memcpy(p, &a, sizeof(a)); }
+    static F    add(const F & a, const F & b) { return a + b; }
+    static F    sub(const F & a, const F & b) { return a - b; }
+    static F    mul(const F & a, const F & b) { return a * b; }
+    static F    fma(const F & a, const F & b, const F & c) { return a * b + c; }
+    static F    fms(const F & a, const F & b, const F & c) { return a * b - c; }
+    static F    max(const F & a, const F & b) { return a > b ? a : b; }
+    static F    exp(const F & a) {
+        return each([&](int i) { return a[i] < kExpMin ? 0.0f : std::exp(a[i]); });
     }
 
     static float half(const void * p) {
@@ -68,59 +51,54 @@ struct V {
     static F load_i8(const uint8_t * p) {
         return each([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
     }
-    static float sum(const F & a) {
-        return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
-    }
+    static float    sum(const F & a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
     static uint32_t at_least(const F & a, const F & b) {
         uint32_t bits = 0;
         for (int i = 0; i < W; ++i) {
-            bits |= static_cast<uint32_t>(a.x[i] >= b.x[i]) << i;
+            bits |= static_cast<uint32_t>(a[i] >= b[i]) << i;
         }
         return bits;
     }
     static F keep(uint32_t bits, const F & a, float other) {
-        return each([&](int i) { return (bits >> i & 1u) != 0 ? a.x[i] : other; });
+        return each([&](int i) { return (bits >> i & 1u) != 0 ? a[i] : other; });
     }
     using Count = int64_t;
     static Count count_zero() { return 0; }
     static Count count_add(Count c, const F & x, const F & t) {
         for (int i = 0; i < W; ++i) {
-            c += x.x[i] >= t.x[i] ? 1 : 0;
+            c += x[i] >= t[i] ? 1 : 0;
         }
         return c;
     }
     static int64_t count_sum(Count c) { return c; }
     static void    store_peaks(float * p, const F & a) { store(p, a); }
 
-    static int   max_macs(int) { return 1 << 20; }
-    static Acc   acc_zero() { return {}; }
+    // As many products as stay inside int16; see avx2.cpp.
+    static int   max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
+    static Acc   acc_zero() { return Acc{}; }
     static Bytes load_bytes(const uint8_t * p) {
         Bytes r;
-        std::memcpy(r.x, p, sizeof(r.x));
+        std::memcpy(&r, p, sizeof(r));
         return r;
     }
     static Bytes field(const Bytes & a, int shift, int mask) {
-        Bytes r;
-        for (int i = 0; i < 4 * W; ++i) {
-            r.x[i] = static_cast<uint8_t>(a.x[i] >> shift & mask);
-        }
-        return r;
+        return a >> static_cast<uint16_t>(shift) & static_cast<uint16_t>(mask * 0x101);
     }
     static Bytes quad(const int8_t * p) {
-        Bytes r;
-        for (int i = 0; i < 4 * W; ++i) {
-            r.x[i] = static_cast<uint8_t>(p[i % 4]);
-        }
-        return r;
+        uint32_t four;
+        std::memcpy(&four, p, sizeof(four));
+        typedef uint32_t Words __attribute__((vector_size(32)));
+        return reinterpret_cast<Bytes>(Words{} + four);
     }
     static Acc mac(Acc acc, const Bytes & u, const Bytes & q) {
-        for (int i = 0; i < 4 * W; ++i) {
-            acc.x[i / 4] += u.x[i] * static_cast<int8_t>(q.x[i]);
-        }
-        return acc;
+        const Acc q_low  = reinterpret_cast<Acc>(q << 8) >> 8; // sign extended
+        const Acc q_high = reinterpret_cast<Acc>(q) >> 8;
+        return acc + reinterpret_cast<Acc>(u & 0xff) * q_low + reinterpret_cast<Acc>(u >> 8) * q_high;
     }
     static F total(const Acc & a) {
-        return each([&](int i) { return static_cast<float>(a.x[i]); });
+        typedef int32_t Words __attribute__((vector_size(32)));
+        const Words     pairs = reinterpret_cast<Words>(a);
+        return __builtin_convertvector((pairs << 16 >> 16) + (pairs >> 16), F);
     }
 
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
