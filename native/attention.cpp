@@ -1,12 +1,12 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <thread>
 
+#include "clock.h"
 #include "hadamard.h"
 
 #if defined(__x86_64__)
@@ -16,13 +16,6 @@
 namespace fasa {
 
 namespace {
-
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
-int64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 // Adds the time since the last call to one stage, on thread 0 only.
 class StageClock {

@@ -3,11 +3,15 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "fasa.h"
 #include "layout.h"
 
 namespace fasa {
+
+// The score of a cell that the query does not see.
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 struct Kernels {
     void (*score)(const Layout & layout, const float * q, int32_t n_q, const uint8_t * index, const uint64_t * visible,

@@ -27,8 +27,6 @@ void kv_to_float(int32_t type, const void * row, int32_t n, float * out) {
 
 namespace {
 
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
 // TIP, eq. 5: score(cell) = sum over kept dims of q * k, k as the index stores it.
 double score_cell(const Layout & layout, const float * q, const uint8_t * block, int32_t cell) {
     double score = 0;

@@ -2,6 +2,7 @@
 // on an undecorated one.
 #include <ggml-alloc.h>
 #include <ggml-backend.h>
+#include <ggml-cpp.h>
 #include <ggml.h>
 
 #include <cmath>
@@ -23,16 +24,6 @@ constexpr int    kCells   = 256;
 constexpr int    kSeen    = 200;
 constexpr double kMaxNmse = 5e-4; // what llama.cpp allows between its own backends for flash attention
 
-struct ContextFree {
-    void operator()(ggml_context * c) const { ggml_free(c); }
-};
-struct BackendFree {
-    void operator()(ggml_backend_t b) const { ggml_backend_free(b); }
-};
-struct BufferFree {
-    void operator()(ggml_backend_buffer_t b) const { ggml_backend_buffer_free(b); }
-};
-
 // Any fixed, aperiodic values.
 void fill(ggml_tensor * t, float shift) {
     const int64_t      n = ggml_nelements(t);
@@ -50,13 +41,13 @@ void fill(ggml_tensor * t, float shift) {
 }
 
 std::vector<float> run_graph(ggml_backend_t backend) {
-    const ggml_init_params                           params = {1 << 20, nullptr, true};
-    const std::unique_ptr<ggml_context, ContextFree> ctx(ggml_init(params));
-    ggml_context *                                   c = ctx.get();
-    ggml_tensor * k_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
-    ggml_tensor * v_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
-    ggml_tensor * q       = ggml_new_tensor_4d(c, GGML_TYPE_F32, kHeadDim, 1, kHeads, 1);
-    ggml_tensor * mask    = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, 1);
+    const ggml_init_params params = {1 << 20, nullptr, true};
+    const ggml_context_ptr ctx(ggml_init(params));
+    ggml_context *         c       = ctx.get();
+    ggml_tensor *          k_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
+    ggml_tensor *          v_cache = ggml_new_tensor_2d(c, GGML_TYPE_F16, kHeadDim * kHeadsKv, kCells);
+    ggml_tensor *          q       = ggml_new_tensor_4d(c, GGML_TYPE_F32, kHeadDim, 1, kHeads, 1);
+    ggml_tensor *          mask    = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, 1);
     ggml_set_name(k_cache, "cache_k_l0");
     ggml_set_name(v_cache, "cache_v_l0");
     const auto view = [&](ggml_tensor * cache) {
@@ -68,7 +59,7 @@ std::vector<float> run_graph(ggml_backend_t backend) {
         ggml_flash_attn_ext(c, q, view(k_cache), view(v_cache), mask, 1.0f / std::sqrt(float(kHeadDim)), 0.0f, 0.0f);
     ggml_cgraph * graph = ggml_new_graph(c);
     ggml_build_forward_expand(graph, out);
-    const std::unique_ptr<ggml_backend_buffer, BufferFree> buffer(ggml_backend_alloc_ctx_tensors(c, backend));
+    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(c, backend));
     if (buffer == nullptr) {
         fail(FASA_STATUS_MEMORY, "The attach self-test could not allocate its tensors.");
     }
@@ -86,10 +77,8 @@ std::vector<float> run_graph(ggml_backend_t backend) {
     return result;
 }
 
-using Backend = std::unique_ptr<ggml_backend, BackendFree>;
-
-Backend new_backend() {
-    Backend backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+ggml_backend_ptr new_backend() {
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     if (backend == nullptr) {
         fail(FASA_STATUS_HOST, "The attach self-test could not create a CPU backend.");
     }
@@ -122,7 +111,7 @@ void self_test() {
         ~Guard() { unregister_session(s); }
     } const guard{&session};
     arm(&session);
-    Backend decorated = new_backend();
+    ggml_backend_ptr decorated = new_backend();
     arm(nullptr);
     const std::vector<float> actual = run_graph(decorated.get());
     if (session.counters().nodes[FASA_REASON_SPARSE] != 1) {

@@ -1,10 +1,10 @@
 #include "session.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "backend.h"
+#include "clock.h"
 #include "hadamard.h"
 #include "status.h"
 
@@ -13,11 +13,6 @@ namespace fasa {
 namespace {
 
 static_assert(sizeof(fasa_counters::nodes) / sizeof(int64_t) == FASA_REASON_COUNT, "a counter per reason");
-
-int64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 bool is_view_op(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||

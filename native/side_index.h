@@ -6,7 +6,6 @@
 
 #include <ggml.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <vector>

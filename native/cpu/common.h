@@ -12,8 +12,6 @@
 
 namespace fasa {
 
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
 // exp(x) = 2^n * p(r), r = x - n ln 2 in [-ln2/2, ln2/2]: Taylor of degree 6, error below 2e-7 relative. Inputs here
 // are <= 0; below kExpMin the result is 0.
 constexpr float kExpMin     = -87.0f;

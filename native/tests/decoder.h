@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ggml-backend.h>
+#include <ggml-cpp.h>
 #include <ggml.h>
 
 #include <functional>
@@ -13,21 +14,12 @@
 
 namespace fasa_test {
 
-struct ContextFree {
-    void operator()(ggml_context * c) const { ggml_free(c); }
-};
-struct BackendFree {
-    void operator()(ggml_backend_t b) const { ggml_backend_free(b); }
-};
-struct BufferFree {
-    void operator()(ggml_backend_buffer_t b) const { ggml_backend_buffer_free(b); }
-};
 struct SessionFree {
     void operator()(fasa_session * s) const { fasa_session_free(s); }
 };
-using Context = std::unique_ptr<ggml_context, ContextFree>;
-using Backend = std::unique_ptr<ggml_backend, BackendFree>;
-using Buffer  = std::unique_ptr<ggml_backend_buffer, BufferFree>;
+using Context = ggml_context_ptr;
+using Backend = ggml_backend_ptr;
+using Buffer  = ggml_backend_buffer_ptr;
 using Session = std::unique_ptr<fasa_session, SessionFree>;
 
 Backend new_backend();
