@@ -35,13 +35,28 @@ void check_kv(const fasa_kv & kv) {
     }
     for (const int32_t type : {kv.k_type, kv.v_type}) {
         if (fasa::kv_row_bytes(type, 32) == 0) {
-            fail(FASA_STATUS_ARGUMENT, "K or V type %d has no kernel; f16 (1) and q8_0 (8) exist.", type);
+            fail(FASA_STATUS_ARGUMENT, "K or V type %d has no kernel; see fasa_kv_type for those that have.", type);
         }
     }
     need(kv.k != nullptr && kv.v != nullptr, "K or V is NULL.");
 }
 
 } // namespace
+
+int64_t fasa_kv_row_bytes(int32_t kv_type, int64_t n) {
+    return n > 0 && n % fasa::kKvBlock == 0 ? fasa::kv_row_bytes(kv_type, n) : 0;
+}
+
+fasa_status fasa_kv_to_float(int32_t kv_type, const void * rows, int64_t n, int64_t n_rows, float * out) {
+    return guarded([&] {
+        const int64_t bytes = fasa_kv_row_bytes(kv_type, n);
+        need(bytes > 0 && n <= INT32_MAX, "A row needs a type with a kernel and a multiple of 32 values.");
+        for (int64_t i = 0; i < n_rows; ++i) {
+            fasa::kv_to_float(kv_type, static_cast<const uint8_t *>(rows) + i * bytes, static_cast<int32_t>(n),
+                              out + i * n);
+        }
+    });
+}
 
 fasa_status fasa_layout_create(int32_t head_dim, int32_t n_rot, int32_t rope, int32_t n_fc, const uint16_t * fc,
                                const uint8_t * bits, const float * center, const float * scale, fasa_layout ** out) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "side_index.h"
 
 namespace fasa {
@@ -21,7 +22,8 @@ class SpinBarrier {
     std::atomic<int> round_{0};
 };
 
-// Work space, grown before the graph runs and shared by its nodes; per query head unless said otherwise.
+// Work space, grown before the graph runs and shared by its nodes and their rows, one after the other; per query head
+// unless said otherwise.
 struct Scratch {
     Aligned<float>       scores; // [64 * n_block]
     Aligned<float>       peaks;  // [8 * n_block]
@@ -36,21 +38,20 @@ struct Scratch {
 };
 
 struct NodeWork {
-    ggml_tensor *                node;
-    Plan                         plan;
-    float                        scale, softcap; // the node's own op_params are overlaid while it is replaced
-    SideIndex *                  index;          // nullptr while capturing
-    const Kernels *              kernels;
-    const fasa_config *          config;
-    const std::vector<int32_t> * forced; // cells that are selected whatever their score
-    Scratch *                    scratch;
-    SpinBarrier *                barrier;
-    fasa_timings *               timings; // written by thread 0
-    std::atomic<int64_t> *       n_attended;
-    std::atomic<int64_t> *       bytes_attended;
-    std::atomic<int64_t> *       n_indexed;
-    std::atomic<int64_t> *       n_verify_failures;
-    float *                      captured; // f32 [head_dim, n_head, n_rows], or nullptr
+    ggml_tensor *          node;
+    Plan                   plan;
+    float                  scale, softcap; // the node's own op_params are overlaid while it is replaced
+    SideIndex *            index;          // nullptr while capturing
+    const Kernels *        kernels;
+    const fasa_config *    config;
+    Scratch *              scratch;
+    SpinBarrier *          barrier;
+    fasa_timings *         timings; // written by thread 0
+    std::atomic<int64_t> * n_attended;
+    std::atomic<int64_t> * bytes_attended;
+    std::atomic<int64_t> * n_indexed;
+    std::atomic<int64_t> * n_verify_failures;
+    float *                captured; // f32 [head_dim, n_head, n_rows], or nullptr
 };
 
 // The ggml_custom_op_t; userdata is a NodeWork.

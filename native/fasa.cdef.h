@@ -26,7 +26,8 @@ typedef enum fasa_constant {
     FASA_BLOCK_CELLS  = 64, /* cells of an index block */
     FASA_PEAKS        = 8,  /* peaks of a block: peak g is the best score of cells 64 b + 8 i + g */
     FASA_MAX_HEAD_DIM = 256,
-    FASA_MAX_GROUP    = 64 /* query heads of one KV head */
+    FASA_MAX_GROUP    = 64, /* query heads of one KV head */
+    FASA_MAX_ROWS     = 64  /* query rows of one stream that a decode step may have */
 } fasa_constant;
 
 typedef enum fasa_rope {
@@ -35,9 +36,22 @@ typedef enum fasa_rope {
 } fasa_rope;
 
 typedef enum fasa_kv_type { /* the values of ggml_type */
-                            FASA_KV_F16  = 1,
-                            FASA_KV_Q8_0 = 8
+                            FASA_KV_F32    = 0,
+                            FASA_KV_F16    = 1,
+                            FASA_KV_Q4_0   = 2,
+                            FASA_KV_Q4_1   = 3,
+                            FASA_KV_Q5_0   = 6,
+                            FASA_KV_Q5_1   = 7,
+                            FASA_KV_Q8_0   = 8,
+                            FASA_KV_IQ4_NL = 20,
+                            FASA_KV_BF16   = 30
 } fasa_kv_type;
+
+/* Bytes of a row of n values, n a multiple of 32; 0 for a type without a kernel. */
+int64_t fasa_kv_row_bytes(int32_t kv_type, int64_t n);
+
+/* rows u8 [row_bytes, n_rows], out f32 [n, n_rows]: K or V rows of any type of the cache as floats. */
+fasa_status fasa_kv_to_float(int32_t kv_type, const void * rows, int64_t n, int64_t n_rows, float * out);
 
 typedef enum fasa_isa {
     FASA_ISA_REFERENCE = 0, /* plain loops, double accumulators */
@@ -139,10 +153,12 @@ typedef enum fasa_reason {
     FASA_REASON_KV_MEMORY     = 9,  /* cache not in host memory */
     FASA_REASON_NO_CACHE      = 10, /* K is not a view of a KV cache tensor */
     FASA_REASON_N_KV_MAX      = 11, /* a model trained sparse: upstream's own selection */
-    FASA_REASON_STREAMS       = 12, /* several cache streams in one node */
+    FASA_REASON_STREAMS       = 12, /* cache streams that do not start where the cache says, or captured */
     FASA_REASON_NO_MEMORY     = 13, /* the side index could not be allocated */
     FASA_REASON_CAPTURE       = 14, /* replaced by exact attention while queries are captured */
-    FASA_REASON_COUNT         = 15
+    FASA_REASON_SWA           = 15, /* a sliding window: dense already reads few cells */
+    FASA_REASON_CACHE_VIEWS   = 16, /* another node of the graph views the same cache in another shape */
+    FASA_REASON_COUNT         = 17
 } fasa_reason;
 
 const char * fasa_reason_name(int32_t reason); /* "short_context" */
@@ -169,14 +185,16 @@ typedef struct fasa_profile {
 
 typedef struct fasa_config {
     int32_t enabled;
-    int32_t budget;  /* cells attended per query head; at least 1 */
-    int32_t n_fc;    /* chunks of the profile in use; 0: all ranked */
-    int32_t min_ctx; /* visible cells below which a node stays dense */
-    int32_t sinks;   /* first visible cells, always selected */
-    int32_t recent;  /* last visible cells, always selected; sinks + recent <= budget */
-    int32_t verify;  /* recompute the index before each use and compare */
-    int32_t capture; /* keep the queries of each node, see fasa_session_captured */
-    int32_t isa;     /* fasa_isa; AUTO in production */
+    int32_t budget;   /* cells attended per query head; at least 1 */
+    int32_t n_fc;     /* chunks of the profile in use; 0: all ranked */
+    int32_t bits;     /* 2, 4 or 8 for all chunks in use; 0: those of the profile */
+    int32_t min_ctx;  /* visible cells of its longest row below which a node stays dense */
+    int32_t max_rows; /* query rows per stream above which a node is prefill; 1..64 */
+    int32_t sinks;    /* first visible cells, always selected */
+    int32_t recent;   /* last visible cells, always selected; sinks + recent <= budget */
+    int32_t verify;   /* recompute the index before each use and compare */
+    int32_t capture;  /* keep the queries of each node, see fasa_session_captured */
+    int32_t isa;      /* fasa_isa; AUTO in production */
 } fasa_config;
 
 /* FASA_STATUS_ARGUMENT with a sentence about the first setting that is out of its range. */
@@ -188,7 +206,7 @@ typedef struct fasa_session fasa_session;
 
 typedef struct fasa_counters {
     int64_t graphs;        /* graphs seen */
-    int64_t nodes[15];     /* attention nodes by fasa_reason */
+    int64_t nodes[17];     /* attention nodes by fasa_reason */
     int64_t cells_visible; /* summed over sparse nodes and their query heads and rows */
     int64_t cells_attended;
     int64_t cells_indexed; /* index entries (re)written, counted once per layer */
@@ -250,3 +268,8 @@ fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64
 
 /* Undecorates what is left of it and frees it. Safe before or after the llama_context is freed. */
 void fasa_session_free(fasa_session * session);
+
+/* ---- fault injection, for tests ------------------------------------------------------------------------- */
+
+/* The next `successes` allocations of side indexes and work space succeed, all later ones fail; -1: none fails. */
+void fasa_fail_allocations(int64_t successes);

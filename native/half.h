@@ -6,6 +6,8 @@
 
 namespace fasa {
 
+constexpr uint16_t kHalfMinusInf = 0xfc00; // how a mask hides a cell
+
 static inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exp  = (h >> 10) & 0x1fu;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "fasa.h"
+#include "kv_type.h"
 #include "layout.h"
 
 namespace fasa {
@@ -29,17 +30,5 @@ extern const Kernels kAvx512; // likewise
 
 // AUTO is resolved; fails with a sentence when this CPU cannot run it.
 const Kernels & kernels_of(int32_t isa);
-
-// Bytes of a row of n values, 0 for a type without a kernel.
-inline int64_t kv_row_bytes(int32_t type, int64_t n) {
-    switch (type) {
-        case FASA_KV_F16: return n * 2;
-        case FASA_KV_Q8_0: return n / 32 * 34;
-        default: return 0;
-    }
-}
-
-// A row of the cache as floats, f32 [n]; the plain version, used where speed does not matter.
-void kv_to_float(int32_t type, const void * row, int32_t n, float * out);
 
 } // namespace fasa

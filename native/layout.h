@@ -42,6 +42,8 @@ struct Layout {
 constexpr int32_t kMaxSlots   = FASA_MAX_HEAD_DIM + 3 * 2; // each segment may end in half a quad of padding
 constexpr int64_t kStepsBytes = FASA_BLOCK_CELLS * 2;      // f16
 
+constexpr int64_t kMaxBlockBytes = 3 * kStepsBytes + FASA_BLOCK_CELLS * kMaxSlots; // all at 8 bits
+
 inline int64_t quad_bytes(int32_t bits) { return FASA_BLOCK_CELLS * 4 * bits / 8; }
 
 // Largest code of a query dim: with 8-bit index codes a pair of products must stay inside int16 on AVX2.

@@ -13,8 +13,6 @@ namespace fasa {
 
 namespace {
 
-constexpr uint16_t kHalfMinusInf = 0xfc00;
-
 float f32_param(const ggml_tensor * node, int i) {
     float x;
     std::memcpy(&x, node->op_params + i, sizeof(x));
@@ -24,13 +22,6 @@ float f32_param(const ggml_tensor * node, int i) {
 bool on_host(const ggml_tensor * t) {
     const ggml_backend_buffer_t buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
     return t->data != nullptr && (buffer == nullptr || ggml_backend_buffer_is_host(buffer));
-}
-
-// The mask is an input: set before the graph runs, the same for all heads.
-bool mask_is_readable(const ggml_tensor * mask, int64_t n_kv, int64_t n_rows) {
-    return mask != nullptr && mask->type == GGML_TYPE_F16 && mask->op == GGML_OP_NONE && mask->ne[0] == n_kv &&
-           mask->ne[1] >= n_rows && mask->ne[2] == 1 && mask->ne[3] == 1 && mask->nb[0] == sizeof(uint16_t) &&
-           on_host(mask);
 }
 
 // llama.cpp multiplies q and k by a Hadamard matrix when K is quantized; the block is that matrix's side. It is found
@@ -59,14 +50,55 @@ int32_t rotation_block(const ggml_tensor * node) {
 }
 
 bool has_kernel(const ggml_tensor * t) {
-    return (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_Q8_0) && t->ne[0] % 32 == 0 &&
-           t->ne[0] <= FASA_MAX_HEAD_DIM && t->nb[0] == ggml_type_size(t->type);
+    return kv_type(t->type) != nullptr && t->ne[0] % kKvBlock == 0 && t->ne[0] <= FASA_MAX_HEAD_DIM &&
+           t->nb[0] == ggml_type_size(t->type);
+}
+
+// Where the view begins in the cache, as a whole stream; -1 when it does not, or does not go on as the cache does.
+int64_t first_stream(const ggml_tensor * k, const ggml_tensor * root) {
+    const auto    stream_bytes = static_cast<size_t>(root->ne[1]) * root->nb[1];
+    const bool    whole        = stream_bytes > 0 && k->view_offs % stream_bytes == 0 && k->nb[1] == root->nb[1] &&
+                                 k->ne[1] <= root->ne[1] && (k->ne[3] == 1 || k->nb[3] == root->nb[2]);
+    const int64_t first        = whole ? static_cast<int64_t>(k->view_offs / stream_bytes) : -1;
+    return first + k->ne[3] <= root->ne[2] ? first : -1;
+}
+
+void find_forced(int32_t sinks, int32_t recent, Visible * v) {
+    const auto    seen   = [&](int64_t c) { return (v->words[c / 64] >> (c % 64) & 1u) != 0; };
+    const int64_t n_cell = v->n_block * FASA_BLOCK_CELLS;
+    for (int64_t c = 0; c < n_cell && sinks > 0; ++c) {
+        if (seen(c)) {
+            v->forced.push_back(static_cast<int32_t>(c));
+            --sinks;
+        }
+    }
+    for (int64_t c = n_cell - 1; c >= 0 && recent > 0; --c) {
+        if (seen(c)) {
+            v->forced.push_back(static_cast<int32_t>(c));
+            --recent;
+        }
+    }
 }
 
 } // namespace
 
-const Visible & MaskCache::row(const ggml_tensor * mask, int64_t row) {
-    const auto * p     = reinterpret_cast<const uint16_t *>(static_cast<const char *>(mask->data) + row * mask->nb[1]);
+bool mask_is_readable(const ggml_tensor * node) {
+    const ggml_tensor * q    = node->src[0];
+    const ggml_tensor * mask = node->src[3];
+    return mask != nullptr && mask->type == GGML_TYPE_F16 && mask->op == GGML_OP_NONE &&
+           mask->ne[0] == node->src[1]->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 &&
+           mask->ne[3] == q->ne[3] && mask->nb[0] == sizeof(uint16_t) && on_host(mask);
+}
+
+void MaskCache::begin(const fasa_config & config) {
+    rows_.clear();
+    sinks_  = config.sinks;
+    recent_ = config.recent;
+}
+
+const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t row) {
+    const char * at    = static_cast<const char *>(mask->data) + stream * mask->nb[3] + row * mask->nb[1];
+    const auto * p     = reinterpret_cast<const uint16_t *>(at);
     auto &       entry = rows_[p];
     if (entry == nullptr) {
         entry           = std::make_unique<Visible>();
@@ -82,8 +114,13 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t row) {
             entry->n_cell += __builtin_popcountll(word);
             entry->n_block = word != 0 ? b + 1 : entry->n_block;
         }
+        find_forced(sinks_, recent_, entry.get());
     }
     return *entry;
+}
+
+const ggml_tensor * before_cast(const ggml_tensor * t) {
+    return t->op == GGML_OP_CPY && t->src[0]->type == GGML_TYPE_F32 ? t->src[0] : t;
 }
 
 ggml_tensor * cache_root(const ggml_tensor * view, int32_t * layer) {
@@ -102,32 +139,34 @@ ggml_tensor * cache_root(const ggml_tensor * view, int32_t * layer) {
     return root;
 }
 
-fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profile::Layouts * layouts,
-                 const fasa_config & config, MaskCache & masks, Plan * out) {
-    const ggml_tensor * q      = node->src[0];
-    const ggml_tensor * k      = node->src[1];
-    const ggml_tensor * v      = node->src[2];
-    const int64_t       n_kv   = k->ne[1];
-    const int64_t       n_rows = q->ne[1];
-    out->k_root                = cache_root(k, &out->layer);
-    out->n_head                = static_cast<int32_t>(q->ne[2]);
-    out->n_head_kv             = static_cast<int32_t>(k->ne[2]);
-    out->visible               = nullptr;
-    out->rotation              = rotation_block(node); // of dense nodes too: keys are read after prefill
+fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sliding, Plan * out) {
+    const ggml_tensor * q        = node->src[0];
+    const ggml_tensor * k        = before_cast(node->src[1]);
+    const ggml_tensor * v        = before_cast(node->src[2]);
+    const fasa_config & config   = *context.config;
+    const Profile *     profile  = context.profile;
+    const int64_t       n_kv     = k->ne[1];
+    const int64_t       n_rows   = q->ne[1];
+    const int64_t       n_stream = q->ne[3];
+    out->k                       = k;
+    out->v                       = v;
+    out->k_root                  = cache_root(k, &out->layer);
+    out->n_head                  = static_cast<int32_t>(q->ne[2]);
+    out->n_head_kv               = static_cast<int32_t>(k->ne[2]);
+    out->rotation                = rotation_block(node); // of dense nodes too: keys are read after prefill
 
     if (config.enabled == 0 && config.capture == 0) {
         return FASA_REASON_DISABLED;
     }
-    if (n_rows != 1 && config.capture == 0) {
+    if (n_rows > config.max_rows && config.capture == 0) {
         return FASA_REASON_PREFILL;
-    }
-    if (q->ne[3] != 1 || k->ne[3] != 1 || v->ne[3] != 1) {
-        return FASA_REASON_STREAMS;
     }
     if (out->k_root == nullptr || v->view_src == nullptr) {
         return FASA_REASON_NO_CACHE;
     }
-    if (k->view_offs % (FASA_BLOCK_CELLS * k->nb[1]) != 0) {
+    out->first_stream = first_stream(k, out->k_root);
+    if (out->first_stream < 0 || k->ne[3] != n_stream || v->ne[3] != n_stream ||
+        (n_stream != 1 && config.capture != 0)) {
         return FASA_REASON_STREAMS;
     }
     if (f32_param(node, 1) != 0.0f) {
@@ -148,24 +187,37 @@ fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profil
     if (!heads) {
         return FASA_REASON_SHAPE;
     }
-    if (!mask_is_readable(node->src[3], n_kv, n_rows)) {
+    if (!mask_is_readable(node)) {
         return FASA_REASON_MASK;
     }
     if (config.capture != 0) {
         return FASA_REASON_CAPTURE;
     }
-    if (profile == nullptr || out->layer < 0 || out->layer >= profile->n_layer || (*layouts)[out->layer].empty()) {
+    if (sliding) {
+        return FASA_REASON_SWA;
+    }
+    if (profile == nullptr || out->layer < 0 || out->layer >= profile->n_layer ||
+        (*context.layouts)[out->layer].empty()) {
         return FASA_REASON_NO_PROFILE;
     }
     if (out->n_head_kv != profile->n_head_kv || k->ne[0] != profile->head_dim) {
         return FASA_REASON_SHAPE;
     }
-    const Visible & visible = masks.row(node->src[3], 0);
-    if (visible.n_cell < config.min_ctx || visible.n_cell == 0) {
-        return FASA_REASON_SHORT_CONTEXT;
+    const int64_t at_least = std::max(config.min_ctx, 1);
+    bool          sparse   = false;
+    for (int64_t stream = 0; stream < n_stream; ++stream) {
+        out->n_block.push_back(0);
+        for (int64_t row = 0; row < n_rows; ++row) {
+            const Visible & visible    = context.masks->row(node->src[3], stream, row);
+            const bool      attend_all = visible.n_cell < at_least;
+            out->rows.push_back({stream, row, &visible, attend_all});
+            if (!attend_all) {
+                sparse              = true;
+                out->n_block.back() = std::max(out->n_block.back(), visible.n_block);
+            }
+        }
     }
-    out->visible = &visible;
-    return FASA_REASON_SPARSE;
+    return sparse ? FASA_REASON_SPARSE : FASA_REASON_SHORT_CONTEXT;
 }
 
 } // namespace fasa
@@ -180,20 +232,21 @@ struct ReasonWords {
 const ReasonWords kReasons[FASA_REASON_COUNT] = {
     {"sparse", "Replaced by score, select and attend."},
     {"disabled", "FASA is switched off for this context."},
-    {"prefill", "The node has several query rows; prefill stays dense."},
+    {"prefill", "The node has more query rows than max_rows; prefill stays dense."},
     {"short_context", "Fewer cells are visible than min_ctx."},
     {"no_profile", "The profile keeps no chunk for this layer, or there is no profile."},
     {"shape", "Heads or head size of the node are not those of the profile."},
     {"alibi", "The layer adds a position bias (ALiBi); frequency chunks do not predict it."},
     {"mask", "The attention mask is missing or not readable before the graph runs."},
-    {"kv_type",
-     "No kernel for this type or head size of K or V; f16 and q8_0 with heads of 32 to 256 in steps of 32 exist."},
+    {"kv_type", "No kernel for this type or head size of K or V; heads of 32 to 256 in steps of 32 exist."},
     {"kv_memory", "The KV cache is not in host memory."},
     {"no_cache", "K is not a view of a KV cache tensor."},
     {"n_kv_max", "The model was trained sparse and selects by itself."},
-    {"streams", "The node serves several cache streams at once, or one that does not start on a block of cells."},
+    {"streams", "The node's view of the cache does not begin with a stream, or several are captured at once."},
     {"no_memory", "The side index could not be allocated."},
     {"capture", "Queries are being captured; the node computes exact attention."},
+    {"swa", "The layer attends to a sliding window, or it is not yet known which layers do."},
+    {"cache_views", "Another node of the graph views the same cache in another shape."},
 };
 
 } // namespace

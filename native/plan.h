@@ -11,36 +11,62 @@
 
 namespace fasa {
 
-// Visible cells of one mask row.
+// What one mask row lets its query see.
 struct Visible {
     std::vector<uint64_t> words; // [ceil(n_kv / 64)]
     int64_t               n_cell  = 0;
     int64_t               n_block = 0; // blocks up to the last visible cell: later ones need no work
+    std::vector<int32_t>  forced;      // its first `sinks` and last `recent` cells, selected whatever they score
 };
 
-// All layers of a graph share a mask: each is read once per graph.
+// All layers of a graph share a mask: each row is read once per graph.
 class MaskCache {
   public:
-    const Visible & row(const ggml_tensor * mask, int64_t row);
-    void            clear() { rows_.clear(); }
+    void            begin(const fasa_config & config);
+    const Visible & row(const ggml_tensor * mask, int64_t stream, int64_t row);
 
   private:
     std::unordered_map<const void *, std::unique_ptr<Visible>> rows_; // by address of the mask row
+    int32_t                                                    sinks_ = 0, recent_ = 0;
+};
+
+struct Row {
+    int64_t         stream; // of the node: ne[3]
+    int64_t         row;    // of the stream: ne[1]
+    const Visible * visible;
+    bool            attend_all; // sees fewer cells than min_ctx: exact attention, in company of a longer row
 };
 
 struct Plan {
-    int32_t         layer;
-    ggml_tensor *   k_root; // the cache tensor that src[1] views
-    int32_t         n_head, n_head_kv;
-    int32_t         rotation; // block of the Hadamard rotation of q and k; 0: none
-    const Visible * visible;  // of row 0; nullptr while capturing
+    int32_t              layer;
+    const ggml_tensor *  k; // views of the cache, [head_dim, n_kv, n_head_kv, n_stream]
+    const ggml_tensor *  v;
+    ggml_tensor *        k_root; // the cache tensor that k views
+    int32_t              n_head, n_head_kv;
+    int32_t              rotation;     // block of the Hadamard rotation of q and k; 0: none
+    int64_t              first_stream; // of the cache, where the node's stream 0 lies
+    std::vector<Row>     rows;         // stream by stream; empty while capturing
+    std::vector<int64_t> n_block;      // per stream of the node: blocks of the index that its rows score
 };
 
+struct PlanContext {
+    const Profile *          profile; // nullptr: none
+    const Profile::Layouts * layouts;
+    const fasa_config *      config;
+    MaskCache *              masks;
+};
+
+// llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.
+const ggml_tensor * before_cast(const ggml_tensor * t);
+
 // Pure. Returns FASA_REASON_SPARSE or FASA_REASON_CAPTURE with `out` filled, or the reason to leave the node alone.
-fasa_reason plan(const ggml_tensor * node, const Profile * profile, const Profile::Layouts * layouts,
-                 const fasa_config & config, MaskCache & masks, Plan * out);
+// sliding: the layer is known or suspected to see a window only (sliding_window.h).
+fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sliding, Plan * out);
 
 // The cache tensor "cache_k_l<layer>" behind a view, or nullptr; sets *layer.
 ggml_tensor * cache_root(const ggml_tensor * view, int32_t * layer);
+
+// Whether the mask of a node is an input in host memory: set before the graph runs, the same for all heads.
+bool mask_is_readable(const ggml_tensor * node);
 
 } // namespace fasa

@@ -17,6 +17,10 @@ Profile::Profile(const fasa_profile & p)
         fail(FASA_STATUS_ARGUMENT, "The profile ranks %d chunks; 1 to %d are allowed.", n_ranked_,
              FASA_MAX_HEAD_DIM / 2);
     }
+    if (head_dim < 2 || head_dim > FASA_MAX_HEAD_DIM) {
+        fail(FASA_STATUS_ARGUMENT, "The profile's heads have %d dims; 2 to %d are allowed.", head_dim,
+             FASA_MAX_HEAD_DIM);
+    }
     if (p.chunks == nullptr || p.bits == nullptr) {
         fail(FASA_STATUS_ARGUMENT, "The profile has no chunks or no bits; both arrays are needed.");
     }
@@ -31,22 +35,24 @@ Profile::Profile(const fasa_profile & p)
     if (p.scale != nullptr) {
         scale_.assign(p.scale, p.scale + n_channel);
     }
-    layouts(0); // every row is checked here, not in the middle of a graph
+    layouts(0, 0); // every row is checked here, not in the middle of a graph
 }
 
-std::shared_ptr<const Profile::Layouts> Profile::layouts(int32_t n_fc) const {
-    auto          result = std::make_shared<Layouts>(n_layer);
-    const int32_t limit  = n_fc > 0 ? std::min(n_fc, n_ranked_) : n_ranked_;
+std::shared_ptr<const Profile::Layouts> Profile::layouts(int32_t n_fc, int32_t bits) const {
+    auto                       result = std::make_shared<Layouts>(n_layer);
+    const int32_t              limit  = n_fc > 0 ? std::min(n_fc, n_ranked_) : n_ranked_;
+    const std::vector<uint8_t> same(n_ranked_, static_cast<uint8_t>(bits));
     for (int32_t il = 0; il < n_layer; ++il) {
         for (int32_t h = 0; h < n_head_kv; ++h) {
-            const size_t    row  = static_cast<size_t>(il) * n_head_kv + h;
-            const uint8_t * bits = bits_.data() + row * n_ranked_;
-            const int32_t   n    = static_cast<int32_t>(std::find(bits, bits + limit, 0) - bits);
+            const size_t    row = static_cast<size_t>(il) * n_head_kv + h;
+            const uint8_t * own = bits_.data() + row * n_ranked_;
+            const int32_t   n   = static_cast<int32_t>(std::find(own, own + limit, 0) - own);
             if (n == 0) {
                 (*result)[il].clear(); // one head without chunks leaves the layer dense
                 break;
             }
-            (*result)[il].emplace_back(head_dim, n_rot_, rope_, n, chunks_.data() + row * n_ranked_, bits,
+            (*result)[il].emplace_back(head_dim, n_rot_, rope_, n, chunks_.data() + row * n_ranked_,
+                                       bits != 0 ? same.data() : own,
                                        center_.empty() ? nullptr : center_.data() + row * head_dim,
                                        scale_.empty() ? nullptr : scale_.data() + row * head_dim);
         }

@@ -15,9 +15,10 @@ struct Profile {
 
     explicit Profile(const fasa_profile & source);
 
-    // Layouts at n_fc chunks (0: all ranked); [n_layer][n_head_kv], empty row for a layer that stays dense.
+    // Layouts at n_fc chunks (0: all ranked) and `bits` bits (0: those of the profile); [n_layer][n_head_kv], with an
+    // empty row for a layer that stays dense.
     using Layouts = std::vector<std::vector<Layout>>;
-    std::shared_ptr<const Layouts> layouts(int32_t n_fc) const;
+    std::shared_ptr<const Layouts> layouts(int32_t n_fc, int32_t bits) const;
 
   private:
     int32_t               n_rot_, rope_, n_ranked_;

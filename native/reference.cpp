@@ -10,21 +10,6 @@
 
 namespace fasa {
 
-void kv_to_float(int32_t type, const void * row, int32_t n, float * out) {
-    const auto * bytes = static_cast<const uint8_t *>(row);
-    for (int32_t i = 0; i < n; ++i) {
-        uint16_t h;
-        if (type == FASA_KV_F16) {
-            std::memcpy(&h, bytes + 2 * i, sizeof(h));
-            out[i] = half_to_float(h);
-        } else { // q8_0: blocks of an f16 step and 32 signed bytes
-            const uint8_t * block = bytes + i / 32 * 34;
-            std::memcpy(&h, block, sizeof(h));
-            out[i] = half_to_float(h) * static_cast<float>(static_cast<int8_t>(block[2 + i % 32]));
-        }
-    }
-}
-
 namespace {
 
 // TIP, eq. 5: score(cell) = sum over kept dims of q * k, k as the index stores it.

@@ -103,6 +103,7 @@ void self_test() {
     fasa_config config = {};
     config.enabled     = 1;
     config.budget      = kCells;
+    config.max_rows    = 1;
     config.isa         = FASA_ISA_AUTO;
     Session session(&profile, config);
     register_session(&session);

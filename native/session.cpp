@@ -29,6 +29,12 @@ void check_config(const fasa_config & c) {
         fail(FASA_STATUS_ARGUMENT, "n_fc is %d; 1 to %d chunks, or 0 for all that the profile ranks.", c.n_fc,
              FASA_MAX_HEAD_DIM / 2);
     }
+    if (c.bits != 0 && c.bits != 2 && c.bits != 4 && c.bits != 8) {
+        fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 2, 4 or 8 bits exist, or 0 for those of the profile.", c.bits);
+    }
+    if (c.max_rows < 1 || c.max_rows > FASA_MAX_ROWS) {
+        fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 1 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
+    }
     if (c.min_ctx < 0 || c.sinks < 0 || c.recent < 0) {
         fail(FASA_STATUS_ARGUMENT, "min_ctx is %d, sinks %d, recent %d; none may be negative.", c.min_ctx, c.sinks,
              c.recent);
@@ -52,15 +58,12 @@ Session::Session(const fasa_profile * profile, const fasa_config & config) {
 
 void Session::set_profile(const fasa_profile * profile) {
     auto fresh = profile != nullptr ? std::make_unique<Profile>(*profile) : nullptr;
-    auto lay   = fresh != nullptr ? fresh->layouts(0) : nullptr;
 
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     refuse_while_running("The profile");
-    profile_ = std::move(fresh);
-    layouts_ = std::move(lay);
-    if (profile_ != nullptr && config_.n_fc > 0) {
-        layouts_ = profile_->layouts(config_.n_fc);
-    }
+    auto layouts = fresh != nullptr ? fresh->layouts(config_.n_fc, config_.bits) : nullptr;
+    profile_     = std::move(fresh);
+    layouts_     = std::move(layouts);
 }
 
 void Session::configure(const fasa_config & config) {
@@ -69,8 +72,8 @@ void Session::configure(const fasa_config & config) {
 
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     refuse_while_running("The configuration");
-    if (profile_ != nullptr && config.n_fc != config_.n_fc) {
-        layouts_ = profile_->layouts(config.n_fc);
+    if (profile_ != nullptr && (config.n_fc != config_.n_fc || config.bits != config_.bits)) {
+        layouts_ = profile_->layouts(config.n_fc, config.bits);
     }
     config_  = config;
     kernels_ = &kernels;
@@ -84,7 +87,7 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     try {
         scan(graph);
         reserve_scratch();
-        find_forced();
+        find_idle_casts(graph);
         complete_work();
     } catch (const std::exception &) { // no memory for work space: everything dense, and counted
         for (auto & entry : layers_) { // the scan may have ended before it saw all writes
@@ -97,6 +100,7 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
             --counters_.nodes[w.index == nullptr ? FASA_REASON_CAPTURE : FASA_REASON_SPARSE];
         }
         work_.clear();
+        idle_casts_.clear();
     }
     replace();
     const int64_t planned    = now_ns();
@@ -107,7 +111,9 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
 
     for (const NodeWork & w : work_) {
         if (w.index != nullptr && status == GGML_STATUS_SUCCESS) {
-            w.index->clear_marks(w.plan.visible->n_block);
+            for (size_t i = 0; i < w.plan.n_block.size(); ++i) {
+                w.index->clear_marks(w.plan.first_stream + static_cast<int64_t>(i), w.plan.n_block[i]);
+            }
         }
     }
     for (const Write & write : late_) {
@@ -119,14 +125,14 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     }
     ++counters_.graphs;
     work_.clear();
-    forced_.clear();
     late_.clear();
-    masks_.clear();
     return status;
 }
 
 // Everything that must be known before the graph runs: which nodes are replaced and which cells of K are rewritten.
 void Session::scan(ggml_cgraph * graph) {
+    masks_.begin(config_);
+    windows_.learn(graph);
     const int             n_nodes = ggml_graph_n_nodes(graph);
     ggml_tensor * const * nodes   = ggml_graph_nodes(graph);
     for (int i = 0; i < n_nodes; ++i) {
@@ -143,52 +149,67 @@ void Session::scan(ggml_cgraph * graph) {
 }
 
 fasa_reason Session::prepare(ggml_tensor * node) {
-    Plan                p{};
-    const fasa_reason   reason = plan(node, profile_.get(), layouts_.get(), config_, masks_, &p);
-    const ggml_tensor * k      = node->src[1];
-    const ggml_tensor * v      = node->src[2];
+    NodeWork w{};
+    int32_t  of_layer = 0;
+    cache_root(before_cast(node->src[1]), &of_layer);
+    const PlanContext   context = {profile_.get(), layouts_.get(), &config_, &masks_};
+    const fasa_reason   reason  = plan(node, context, windows_.contains(of_layer), &w.plan);
+    const ggml_tensor * k_root  = w.plan.k_root;
     // K of another device has no address here.
-    if (p.k_root == nullptr || p.k_root->buffer == nullptr || !ggml_backend_buffer_is_host(p.k_root->buffer)) {
+    if (k_root == nullptr || k_root->buffer == nullptr || !ggml_backend_buffer_is_host(k_root->buffer)) {
         return reason;
     }
-    if (!watch_buffer(p.k_root->buffer, this)) {
+    if (!watch_buffer(k_root->buffer, this)) {
         return FASA_REASON_NO_CACHE;
     }
-    Layer & layer     = layers_[p.layer];
-    layer.k_root      = p.k_root;
-    layer.kv          = {};
-    layer.kv.k        = k->data;
-    layer.kv.k_stride = static_cast<int64_t>(k->nb[1]);
-    layer.kv.k_type   = k->type;
-    layer.kv.k_dim    = static_cast<int32_t>(k->ne[0]);
-    layer.head_bytes  = static_cast<int64_t>(k->nb[2]);
-    layer.n_kv        = k->ne[1];
-    layer.n_head_kv   = p.n_head_kv;
-    layer.rotation    = p.rotation;
-    layer.buffer      = p.k_root->buffer;
-    layer.kv_bytes    = static_cast<int64_t>(ggml_nbytes(p.k_root)) +
-                        (v->view_src != nullptr ? static_cast<int64_t>(ggml_nbytes(v->view_src)) : 0);
-    if (reason != FASA_REASON_SPARSE && reason != FASA_REASON_CAPTURE) {
-        return reason;
-    }
-    NodeWork w{};
-    w.node = node;
-    w.plan = p;
-    std::memcpy(&w.scale, node->op_params + 0, sizeof(float));
-    std::memcpy(&w.softcap, node->op_params + 2, sizeof(float));
+    const ggml_tensor * k     = w.plan.k;
+    const ggml_tensor * v     = w.plan.v;
+    Layer &             layer = layers_[w.plan.layer];
+    layer.k_root              = k_root;
+    layer.kv                  = {};
+    layer.kv.k                = k->data;
+    layer.kv.k_stride         = static_cast<int64_t>(k->nb[1]);
+    layer.kv.k_type           = k->type;
+    layer.kv.k_dim            = static_cast<int32_t>(k->ne[0]);
+    layer.head_bytes          = static_cast<int64_t>(k->nb[2]);
+    layer.n_kv                = k->ne[1];
+    layer.n_head_kv           = w.plan.n_head_kv;
+    layer.rotation            = w.plan.rotation;
+    layer.buffer              = k_root->buffer;
+    layer.kv_bytes            = static_cast<int64_t>(ggml_nbytes(k_root)) +
+                                (v->view_src != nullptr ? static_cast<int64_t>(ggml_nbytes(v->view_src)) : 0);
     if (reason == FASA_REASON_SPARSE) {
-        if (layer.index == nullptr || !layer.index->serves(node, p, layouts_.get())) {
-            try {
-                layer.index.reset(); // both at once could be the one that does not fit
-                layer.index = std::make_unique<SideIndex>(node, p, layouts_);
-            } catch (const std::bad_alloc &) {
-                return FASA_REASON_NO_MEMORY;
-            }
+        const fasa_reason index_reason = prepare_index(w.plan, layer);
+        if (index_reason != FASA_REASON_SPARSE) {
+            return index_reason;
         }
         w.index = layer.index.get();
+    } else if (reason != FASA_REASON_CAPTURE) {
+        return reason;
     }
-    work_.push_back(w);
+    w.node = node;
+    std::memcpy(&w.scale, node->op_params + 0, sizeof(float));
+    std::memcpy(&w.softcap, node->op_params + 2, sizeof(float));
+    work_.push_back(std::move(w));
     return reason;
+}
+
+// SPARSE when layer.index serves the node.
+fasa_reason Session::prepare_index(const Plan & plan, Layer & layer) {
+    if (layer.index != nullptr && layer.index->serves(plan, layouts_.get())) {
+        return FASA_REASON_SPARSE;
+    }
+    const SideIndex * old = layer.index.get();
+    if (old != nullptr && std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.index == old; })) {
+        return FASA_REASON_CACHE_VIEWS;
+    }
+    try {
+        layer.index.reset(); // both at once could be the one that does not fit
+        layer.index = std::make_unique<SideIndex>(plan, layouts_);
+    } catch (const std::bad_alloc &) {
+        return FASA_REASON_NO_MEMORY;
+    }
+    return FASA_REASON_SPARSE;
 }
 
 // A node that writes into the K cache of an indexed layer. Marks made now are seen by the attention node of the same
@@ -228,49 +249,19 @@ void Session::reserve_scratch() {
     int64_t n_block = 0;
     for (const NodeWork & w : work_) {
         n_head  = std::max<int64_t>(n_head, w.plan.n_head);
-        n_block = std::max(n_block, (w.node->src[1]->ne[1] + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS);
+        n_block = std::max(n_block, (w.plan.k->ne[1] + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS);
     }
     if (n_head > 0) {
         scratch_.reserve(n_head, n_block);
     }
 }
 
-void Session::find_forced() {
-    forced_.assign(work_.size(), {});
-    for (size_t i = 0; i < work_.size(); ++i) {
-        const Visible * visible = work_[i].plan.visible;
-        if (visible == nullptr) {
-            continue;
-        }
-        if (i > 0 && work_[i - 1].plan.visible == visible) {
-            forced_[i] = forced_[i - 1];
-            continue;
-        }
-        std::vector<int32_t> & forced = forced_[i];
-        const auto             seen   = [&](int64_t c) { return (visible->words[c / 64] >> (c % 64) & 1u) != 0; };
-        const int64_t          n_cell = visible->n_block * FASA_BLOCK_CELLS;
-        for (int64_t c = 0; c < n_cell && static_cast<int32_t>(forced.size()) < config_.sinks; ++c) {
-            if (seen(c)) {
-                forced.push_back(static_cast<int32_t>(c));
-            }
-        }
-        int32_t left = config_.recent;
-        for (int64_t c = n_cell - 1; c >= 0 && left > 0; --c) {
-            if (seen(c)) {
-                forced.push_back(static_cast<int32_t>(c));
-                --left;
-            }
-        }
-    }
-}
-
 void Session::complete_work() {
-    saved_.resize(work_.size());
+    saved_.reserve(3 * work_.size()); // replace() must not run out of memory half way
     for (size_t i = 0; i < work_.size(); ++i) {
         NodeWork & w          = work_[i];
         w.kernels             = kernels_;
         w.config              = &config_;
-        w.forced              = &forced_[i];
         w.scratch             = &scratch_;
         w.barrier             = &barrier_;
         w.timings             = &timings_;
@@ -287,31 +278,64 @@ void Session::complete_work() {
             c.rows.resize(old + q->ne[0] * q->ne[1] * q->ne[2]);
             w.captured = c.rows.data() + old;
         } else {
-            const int64_t cells = w.plan.visible->n_cell * w.plan.n_head;
-            counters_.cells_visible += cells;
-            counters_.bytes_scored += w.plan.visible->n_block * w.index->block_bytes();
-            counters_.cells_verified += config_.verify != 0 ? w.plan.visible->n_cell : 0;
+            for (const Row & row : w.plan.rows) {
+                counters_.cells_visible += row.visible->n_cell * w.plan.n_head;
+                counters_.bytes_scored += row.attend_all ? 0 : row.visible->n_block * w.index->block_bytes();
+            }
+            for (const int64_t n_block : w.plan.n_block) {
+                counters_.cells_verified += config_.verify != 0 ? n_block * FASA_BLOCK_CELLS : 0;
+            }
         }
     }
 }
 
 void Session::replace() {
-    for (size_t i = 0; i < work_.size(); ++i) {
-        NodeWork & w     = work_[i];
-        Saved &    saved = saved_[i];
-        saved.op         = w.node->op;
-        std::memcpy(saved.op_params, w.node->op_params, sizeof(saved.op_params));
+    for (NodeWork & w : work_) {
         const seam::CustomOp op = {run_node, GGML_N_TASKS_MAX, &w};
-        static_assert(sizeof(op) <= sizeof(saved.op_params), "op_params must hold a custom op");
+        static_assert(sizeof(op) <= sizeof(Saved::op_params), "op_params must hold a custom op");
+        save(w.node);
         w.node->op = GGML_OP_CUSTOM;
         std::memcpy(w.node->op_params, &op, sizeof(op));
     }
+    for (ggml_tensor * cast : idle_casts_) { // nobody reads their results now
+        save(cast);
+        cast->op = GGML_OP_NONE;
+    }
+}
+
+void Session::save(ggml_tensor * node) {
+    saved_.push_back({node, node->op, {}});
+    std::memcpy(saved_.back().op_params, node->op_params, sizeof(node->op_params));
 }
 
 void Session::restore() {
-    for (size_t i = 0; i < work_.size(); ++i) {
-        work_[i].node->op = saved_[i].op;
-        std::memcpy(work_[i].node->op_params, saved_[i].op_params, sizeof(saved_[i].op_params));
+    for (const Saved & saved : saved_) {
+        saved.node->op = saved.op;
+        std::memcpy(saved.node->op_params, saved.op_params, sizeof(saved.op_params));
+    }
+    saved_.clear();
+}
+
+// Casts of K and V to f16 that only replaced nodes read: a copy of the whole cache per token, if they were computed.
+void Session::find_idle_casts(ggml_cgraph * graph) {
+    idle_casts_.clear();
+    for (const NodeWork & w : work_) {
+        for (ggml_tensor * t : {w.node->src[1], w.node->src[2]}) {
+            if (before_cast(t) != t) {
+                idle_casts_.push_back(t);
+            }
+        }
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(graph) && !idle_casts_.empty(); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.node == node; })) {
+            continue;
+        }
+        const auto reads = [&](const ggml_tensor * cast) {
+            return node != cast &&
+                   (node->view_src == cast || std::count(node->src, node->src + GGML_MAX_SRC, cast) > 0);
+        };
+        idle_casts_.erase(std::remove_if(idle_casts_.begin(), idle_casts_.end(), reads), idle_casts_.end());
     }
 }
 
@@ -408,7 +432,8 @@ void Session::keys(int32_t layer, int64_t c0, int64_t c1, float * out) const {
              static_cast<long long>(c0), static_cast<long long>(c1), static_cast<long long>(l.n_kv));
     }
     if (kv_row_bytes(l.kv.k_type, l.kv.k_dim) == 0) {
-        fail(FASA_STATUS_ARGUMENT, "K of layer %d has type %d; keys can be read as f16 and q8_0.", layer, l.kv.k_type);
+        fail(FASA_STATUS_ARGUMENT, "K of layer %d has type %d; that type has no kernel, so its keys cannot be read.",
+             layer, l.kv.k_type);
     }
     for (int64_t c = c0; c < c1; ++c) {
         for (int32_t h = 0; h < l.n_head_kv; ++h) {

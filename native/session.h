@@ -13,6 +13,7 @@
 #include "plan.h"
 #include "seam.h"
 #include "side_index.h"
+#include "sliding_window.h"
 
 namespace fasa {
 
@@ -59,12 +60,14 @@ class Session {
 
     void        scan(ggml_cgraph * graph);
     fasa_reason prepare(ggml_tensor * node);
+    fasa_reason prepare_index(const Plan & plan, Layer & layer);
     void        note_write(const ggml_tensor * node);
     static void mark(SideIndex & index, const ggml_tensor * node);
     void        reserve_scratch();
-    void        find_forced();
     void        complete_work();
+    void        find_idle_casts(ggml_cgraph * graph);
     void        replace();
+    void        save(ggml_tensor * node);
     void        refuse_while_running(const char * what) const;
     void        restore();
 
@@ -77,18 +80,20 @@ class Session {
     const Kernels *                         kernels_ = nullptr;
     std::map<int32_t, Layer>                layers_; // by layer number
     std::map<int32_t, Captured>             captured_;
+    SlidingWindows                          windows_;
     fasa_counters                           counters_ = {};
     fasa_timings                            timings_  = {};
     std::atomic<int64_t>                    n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
 
     // of the graph that is running
-    MaskCache                         masks_;
-    std::vector<NodeWork>             work_;
-    std::vector<std::vector<int32_t>> forced_; // parallel to work_
-    std::vector<Write>                late_;
+    MaskCache                  masks_;
+    std::vector<NodeWork>      work_;
+    std::vector<Write>         late_;
+    std::vector<ggml_tensor *> idle_casts_;
     struct Saved {
-        ggml_op op;
-        int32_t op_params[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
+        ggml_tensor * node;
+        ggml_op       op;
+        int32_t       op_params[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
     };
     std::vector<Saved> saved_;
     Scratch            scratch_;

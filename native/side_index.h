@@ -6,38 +6,30 @@
 
 #include <ggml.h>
 
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "memory.h"
 #include "plan.h"
 
 namespace fasa {
 
-struct AlignedFree {
-    void operator()(void * p) const { std::free(p); }
-};
-template <typename T> using Aligned = std::unique_ptr<T[], AlignedFree>;
-
-// 64-byte aligned, zeroed; throws std::bad_alloc.
-template <typename T> Aligned<T> make_aligned(int64_t n);
-
 class SideIndex {
   public:
-    // node: an attention node that plan() accepted.
-    SideIndex(const ggml_tensor * node, const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts);
+    // Of a node that plan() accepted.
+    SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts);
 
-    // False when the cache tensor behind `node` or the layouts are not those this index was built for.
-    bool serves(const ggml_tensor * node, const Plan & plan, const Profile::Layouts * layouts) const;
+    // False when the cache tensor behind a node or the layouts are not those this index was built for.
+    bool serves(const Plan & plan, const Profile::Layouts * layouts) const;
 
     void mark_all();
-    void mark_cell(int64_t cell);
-    bool mark_bytes(const void * first, size_t size); // an overwritten range of memory; true if it touches K
-    void clear_marks(int64_t n_block);                // blocks 0 <= b < n_block of the node's view are up to date
+    void mark_cell(int64_t cell);                      // as SET_ROWS numbers them, through all streams
+    bool mark_bytes(const void * first, size_t size);  // an overwritten range of memory; true if it touches K
+    void clear_marks(int64_t stream, int64_t n_block); // its first n_block blocks are up to date
 
-    // Part of the index: blocks b0 <= b < b1 of KV heads h0 <= h < h1. Threads work on disjoint parts.
+    // Part of the index: blocks b0 <= b < b1 of a stream for KV heads h0 <= h < h1. Threads work on disjoint parts.
     struct Part {
-        int64_t b0, b1;
+        int64_t stream, b0, b1;
         int32_t h0, h1;
     };
 
@@ -48,25 +40,28 @@ class SideIndex {
     int64_t verify(const Part & part);
 
     const Layout &  layout(int32_t head) const { return (*layouts_)[layer_][head]; }
-    const uint8_t * blocks(int32_t head) const { return data_[head].get() + first_block_ * layout(head).block_bytes; }
-    int64_t         bytes() const;
-    int64_t         block_bytes() const; // of all KV heads
-
-    // A key of the node's view as floats in the RoPE basis, f32 [head_dim].
-    void read_key(int64_t cell, int32_t head, float * out) const;
+    const uint8_t * blocks(int64_t stream, int32_t head) const {
+        return data_[head].get() + stream * blocks_per_stream_ * layout(head).block_bytes;
+    }
+    int64_t bytes() const;
+    int64_t block_bytes() const; // of all KV heads
 
     const ggml_tensor * root() const { return root_; }
 
   private:
+    int64_t   cells_in(int64_t block) const; // 64, or less in the last block of a stream
+    uint8_t * block_of(int64_t stream, int64_t block, int32_t head);
+    // A key as floats in the RoPE basis, f32 [head_dim].
+    void read_key(int64_t stream, int64_t cell, int32_t head, float * out) const;
+
     const ggml_tensor *                     root_;
     const void *                            root_data_;
     int32_t                                 layer_, n_head_kv_, head_dim_, type_, rotation_;
-    int64_t                                 n_cell_; // of all streams
+    int64_t                                 n_stream_, n_cell_, blocks_per_stream_; // n_cell_: of one stream
     int64_t                                 row_bytes_, head_bytes_;
-    int64_t                                 first_block_; // of the stream that the node views
     std::shared_ptr<const Profile::Layouts> layouts_;
-    std::vector<Aligned<uint8_t>>           data_;  // per KV head
-    std::vector<uint64_t>                   dirty_; // bit c of word b: cell 64 b + c
+    std::vector<Aligned<uint8_t>>           data_;  // per KV head, stream by stream
+    std::vector<uint64_t>                   dirty_; // a word per block, bit c: its cell c
 };
 
 } // namespace fasa

@@ -14,10 +14,18 @@ class _Lib:
     FASA_PEAKS: int
     FASA_MAX_HEAD_DIM: int
     FASA_MAX_GROUP: int
+    FASA_MAX_ROWS: int
     FASA_ROPE_NORM: int
     FASA_ROPE_NEOX: int
+    FASA_KV_F32: int
     FASA_KV_F16: int
+    FASA_KV_Q4_0: int
+    FASA_KV_Q4_1: int
+    FASA_KV_Q5_0: int
+    FASA_KV_Q5_1: int
     FASA_KV_Q8_0: int
+    FASA_KV_IQ4_NL: int
+    FASA_KV_BF16: int
     FASA_ISA_REFERENCE: int
     FASA_ISA_PORTABLE: int
     FASA_ISA_AVX2: int
@@ -39,11 +47,15 @@ class _Lib:
     FASA_REASON_STREAMS: int
     FASA_REASON_NO_MEMORY: int
     FASA_REASON_CAPTURE: int
+    FASA_REASON_SWA: int
+    FASA_REASON_CACHE_VIEWS: int
     FASA_REASON_COUNT: int
     def fasa_last_error(self) -> Any: ...
     def fasa_isa_best(self) -> int: ...
     def fasa_isa_name(self, isa: int) -> Any: ...
     def fasa_isa_usable(self, isa: int) -> int: ...
+    def fasa_kv_row_bytes(self, kv_type: int, n: int) -> int: ...
+    def fasa_kv_to_float(self, kv_type: int, rows: Any, n: int, n_rows: int, out: Any) -> int: ...
     def fasa_layout_create(
         self,
         head_dim: int,
@@ -110,5 +122,6 @@ class _Lib:
     def fasa_session_captured_clear(self, session: Any) -> int: ...
     def fasa_session_keys(self, session: Any, layer: int, c0: int, c1: int, out: Any) -> int: ...
     def fasa_session_free(self, session: Any) -> None: ...
+    def fasa_fail_allocations(self, successes: int) -> None: ...
 
 lib: _Lib

@@ -17,11 +17,15 @@ from pyfasa.profile import Profile
 def make_config(
     budget: int = 1024,
     n_fc: int | None = None,
+    index_bits: int | None = None,
     min_ctx: int | None = None,
+    max_rows: int = 8,
     sinks: int = 4,
     recent: int = 32,
 ) -> Config:
-    """Settings as users give them: n_fc None is the profile's own, min_ctx None is twice the budget."""
+    """Settings as users give them: n_fc and index_bits None are the profile's own, min_ctx None is twice the budget."""
+    if index_bits is not None and _whole("index_bits", index_bits) == 0:
+        raise ValueError("index_bits is 0; 2, 4 or 8 bits exist, or None for those of the profile.")
     if n_fc is not None and _whole("n_fc", n_fc) < 1:
         raise ValueError(
             f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number."
@@ -29,7 +33,9 @@ def make_config(
     config = Config(
         budget=_whole("budget", budget),
         n_fc=0 if n_fc is None else _whole("n_fc", n_fc),
+        bits=0 if index_bits is None else _whole("index_bits", index_bits),
         min_ctx=2 * _whole("budget", budget) if min_ctx is None else _whole("min_ctx", min_ctx),
+        max_rows=_whole("max_rows", max_rows),
         sinks=_whole("sinks", sinks),
         recent=_whole("recent", recent),
     )
@@ -40,7 +46,7 @@ def make_config(
 def _whole(name: str, value: Any) -> int:
     """A whole number, also of NumPy's types; True is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        optional = " or None" if name in ("n_fc", "min_ctx") else ""
+        optional = " or None" if name in ("n_fc", "index_bits", "min_ctx") else ""
         raise ValueError(f"{name} is {value!r}; a whole number{optional} is needed.")
     return operator.index(value)
 
@@ -49,9 +55,10 @@ class Fasa:
     """State and settings of FASA in one ``pyfasa.Llama``; reach it as ``llm.fasa``.
 
     Settings take effect with the next decoded token: ``budget`` (cells attended per query head), ``n_fc`` (chunks
-    scored; None: the profile's own number), ``min_ctx`` (visible cells below which a token is dense), ``sinks`` and
-    ``recent`` (first and last visible cells, always attended), ``enabled``, ``verify`` (recompute the side index
-    before each use and compare; slow). A value out of range raises ValueError and changes nothing.
+    scored; None: the profile's own number), ``index_bits`` (2, 4 or 8 for all chunks; None: the profile's own),
+    ``min_ctx`` (visible cells below which a token is dense), ``max_rows`` (query rows up to which a batch is decoding),
+    ``sinks`` and ``recent`` (first and last visible cells, always attended), ``enabled``, ``verify`` (recompute the
+    side index before each use and compare; slow). A value out of range raises ValueError and changes nothing.
     """
 
     def __init__(self, config: Config, attachment: Attachment, *, follow_budget: bool) -> None:
@@ -149,6 +156,24 @@ class Fasa:
         self._apply(self._config)
 
     @property
+    def index_bits(self) -> int | None:
+        """Bits per scored dim; None: those of the profile."""
+        return self._config.bits or None
+
+    @index_bits.setter
+    def index_bits(self, value: int | None) -> None:
+        self._apply(replace(self._config, bits=make_config(index_bits=value).bits))
+
+    @property
+    def max_rows(self) -> int:
+        """Query rows up to which a batch is decoding; above it is prefill and dense."""
+        return self._config.max_rows
+
+    @max_rows.setter
+    def max_rows(self, value: int) -> None:
+        self._apply(replace(self._config, max_rows=_whole("max_rows", value)))
+
+    @property
     def min_ctx(self) -> int:
         """Visible cells below which a token is decoded densely, bit-identical to llama.cpp."""
         return self._config.min_ctx
@@ -202,7 +227,9 @@ class Fasa:
         return {
             "budget": self.budget,
             "n_fc": self._n_fc,
+            "index_bits": self.index_bits,
             "min_ctx": None if self._min_ctx_follows else self.min_ctx,
+            "max_rows": self.max_rows,
             "sinks": self.sinks,
             "recent": self.recent,
         }

@@ -11,17 +11,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 import llama_cpp
-from gguf.constants import GGMLQuantizationType
 
 from pyfasa.attach import Attachment, ProfileArgument, attach
 from pyfasa.errors import DenseWarning, HostError, ModelFileError
 from pyfasa.handle import Fasa, make_config
-
-# The types that llama.cpp's -ctk and -ctv accept.
-KV_TYPES = {
-    name: int(GGMLQuantizationType[name.upper()])
-    for name in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
-}
+from pyfasa.native import KV_TYPES
 
 
 def kv_type(value: int | str | None, argument: str) -> int | None:
@@ -47,7 +41,10 @@ class Llama(llama_cpp.Llama):
         ``<model>-fasa.gguf`` beside it, else dense decoding with one warning. False: dense.
     budget : cells that each query head attends per decoded token.
     n_fc : chunks scored per KV head; None is the profile's own number.
+    index_bits : 2, 4 or 8 bits per scored dim instead of the profile's own; fewer are faster and smaller.
     min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget.
+    max_rows : query rows (tokens of one sequence, or of several in one cache) up to which a batch is decoding; above
+        it is prefill and dense.
     sinks, recent : first and last visible cells, always attended.
     flash_attn : on by default; without it there is nothing to replace and decoding is dense.
     type_k, type_v : also by name, like "q8_0".
@@ -72,7 +69,9 @@ class Llama(llama_cpp.Llama):
         profile: ProfileArgument = None,
         budget: int = 1024,
         n_fc: int | None = None,
+        index_bits: int | None = None,
         min_ctx: int | None = None,
+        max_rows: int = 8,
         sinks: int = 4,
         recent: int = 32,
         flash_attn: bool = True,
@@ -81,7 +80,7 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        config = make_config(budget, n_fc, min_ctx, sinks, recent)
+        config = make_config(budget, n_fc, index_bits, min_ctx, max_rows, sinks, recent)
         arguments = dict(
             kwargs,
             flash_attn=flash_attn,

@@ -17,24 +17,46 @@ from pyfasa import native, reference
 from test_index import every_isa, fresh_rng
 
 MAX_NMSE = 1e-9
-F16, Q8_0 = native.KV_F16, native.KV_Q8_0
-NAMES = {F16: "f16", Q8_0: "q8_0"}
+F16, Q8_0, IQ4_NL = (native.KV_TYPES[name] for name in ("f16", "q8_0", "iq4_nl"))
 F64 = npt.NDArray[np.float64]
 
+every_pair = pytest.mark.parametrize(
+    ("k_type", "v_type"),
+    [
+        pytest.param(k, v, id=f"{n}-{m}")
+        for n, k in native.KV_TYPES.items()
+        for m, v in native.KV_TYPES.items()
+    ],
+)
+# Each type once as K and once as V.
 every_type = pytest.mark.parametrize(
     ("k_type", "v_type"),
-    [pytest.param(k, v, id=f"{NAMES[k]}-{NAMES[v]}") for k in NAMES for v in NAMES],
+    [
+        pytest.param(k, v, id=f"{n}-{m}")
+        for (n, k), (m, v) in zip(
+            native.KV_TYPES.items(),
+            [*list(native.KV_TYPES.items())[3:], *list(native.KV_TYPES.items())[:3]],
+            strict=True,
+        )
+    ],
 )
 
 
 def stored(x: native.F32, kind: int, padding: int) -> tuple[native.U8, F64]:
-    """Rows of a cache with `padding` bytes between cells, and the values that they stand for."""
-    if kind == F16:
-        half = x.astype(np.float16)
-        rows, values = half.view(np.uint8), half.astype(np.float64)
+    """Rows of a cache with `padding` bytes between cells, and the values that they stand for, as gguf reads them."""
+    if kind == IQ4_NL:  # gguf reads this type but does not write it: any bytes will do
+        n_block = x.size // 32
+        blocks = np.random.default_rng(abs(int(x.flat[0] * 1e6))).integers(
+            0, 256, (n_block, 18), np.uint8
+        )
+        steps = np.abs(x).reshape(n_block, 32).max(axis=1, keepdims=True) / 127
+        blocks[:, :2] = steps.astype(np.float16).view(np.uint8)
+        rows = blocks.reshape(len(x), -1)
     else:
-        rows = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
-        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q8_0).astype(np.float64)
+        rows = np.ascontiguousarray(gguf.quants.quantize(x, gguf.GGMLQuantizationType(kind))).view(
+            np.uint8
+        )
+    values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind)).astype(np.float64)
     spaced = np.full((len(x), rows.shape[1] + padding), 0xAA, np.uint8)
     spaced[:, : rows.shape[1]] = rows
     return spaced, values
@@ -88,6 +110,24 @@ def check(
 
 def selection(rng: np.random.Generator, n_kv: int, n: int) -> native.I32:
     return np.sort(rng.permutation(n_kv)[:n]).astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", native.KV_TYPES.values(), ids=native.KV_TYPES)
+@pytest.mark.parametrize("dim", [32, 64, 96, 256])
+def test_rows_are_read_as_gguf_reads_them(kind: int, dim: int) -> None:
+    """The plain reading, which the side index is made with; equal but for float32's last bit."""
+    x = fresh_rng().normal(size=(113, dim)).astype(np.float32)
+    rows, values = stored(x, kind, 0)
+    assert rows.shape[1] == native.kv_row_bytes(kind, dim)
+    np.testing.assert_allclose(native.kv_to_float(kind, rows, dim), values, rtol=1e-6, atol=1e-7)
+
+
+@every_isa
+@every_pair
+def test_every_pair_of_types(isa: int, k_type: int, v_type: int) -> None:
+    rng = fresh_rng()
+    kv, q, keys, values = make(rng, 113, k_type, v_type, 64, 96, padding=2)
+    check(isa, kv, q, keys, values, selection(rng, 113, 77))
 
 
 @every_isa
@@ -255,7 +295,7 @@ def test_duplicate_cells_count_twice(isa: int) -> None:
 
 @every_isa
 @pytest.mark.parametrize("changes", [
-    {"k_dim": 0}, {"k_dim": 48}, {"k_dim": 288}, {"v_dim": 16}, {"k_type": 0}, {"v_type": 2},
+    {"k_dim": 0}, {"k_dim": 48}, {"k_dim": 288}, {"v_dim": 16}, {"k_type": 4}, {"v_type": 12}, {"v_type": -1},
 ])  # fmt: skip
 def test_caches_without_a_kernel_are_refused(isa: int, changes: dict[str, int]) -> None:
     kv, *_ = make(fresh_rng(), 8)

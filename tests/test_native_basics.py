@@ -15,6 +15,7 @@ import pytest
 from pyfasa import native
 from pyfasa._native import ffi, lib
 from pyfasa.errors import HostError
+from pyfasa.native import call, host, session, stages
 from test_index import HEADS, Head, every_head, fresh_rng
 from test_profile import make_identity, make_profile
 
@@ -56,22 +57,22 @@ def sentence(text: str) -> bool:
 )
 def test_a_status_becomes_its_exception(status: int, exception: type[Exception]) -> None:
     with pytest.raises(exception) as caught:
-        native._check(status)
+        call.check(status)
     assert type(caught.value) is exception
 
 
 def test_success_raises_nothing() -> None:
-    native._check(lib.FASA_STATUS_OK)
+    call.check(lib.FASA_STATUS_OK)
 
 
 def test_the_last_error_belongs_to_its_thread() -> None:
     with pytest.raises(ValueError, match="n_rot is 7"):
         layout(n_rot=7)
     other: list[str] = []
-    thread = threading.Thread(target=lambda: other.append(native._text(lib.fasa_last_error())))
+    thread = threading.Thread(target=lambda: other.append(call.text(lib.fasa_last_error())))
     thread.start()
     thread.join()
-    assert "n_rot is 7" in native._text(lib.fasa_last_error())
+    assert "n_rot is 7" in call.text(lib.fasa_last_error())
     assert "n_rot is 7" not in other[0]
 
 
@@ -194,7 +195,7 @@ def test_reasons_are_named_once_each() -> None:
 
 def test_constants_are_those_of_the_c_interface() -> None:
     assert (native.BLOCK_CELLS, native.PEAKS) == (64, 8)
-    assert (native.KV_F16, native.KV_Q8_0) == (1, 8)
+    assert (native.KV_TYPES["f16"], native.KV_TYPES["q8_0"]) == (1, 8)
 
 
 @every_head
@@ -263,7 +264,8 @@ def test_every_declared_function_is_bound() -> None:
 
 def test_the_wrapper_calls_every_function_that_is_declared() -> None:
     """A function that Python does not use is either dead or forgotten."""
-    used = set(re.findall(r"lib\.(fasa_\w+)", inspect.getsource(native)))
+    sources = "".join(inspect.getsource(module) for module in (call, host, session, stages))
+    used = set(re.findall(r"lib\.(fasa_\w+)", sources))
     assert used == set(declared())
 
 

@@ -22,7 +22,9 @@ struct Front {
 };
 constexpr Front kFront;
 
-struct V {
+#include "codes_x86.h"
+
+struct V : Codes256 {
     static constexpr int      W        = 8;
     static constexpr int      kQueries = 2; // they share the unpacking of codes
     static constexpr uint32_t kLanes   = 0xff;
@@ -58,6 +60,15 @@ struct V {
     }
     static F load_f16(const uint8_t * p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static F load_f32(const uint8_t * p) { return _mm256_loadu_ps(reinterpret_cast<const float *>(p)); }
+    static F load_bf16(const uint8_t * p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static F widen(Codes c, int i) {
+        const __m128i half = i < 2 ? _mm256_castsi256_si128(c) : _mm256_extracti128_si256(c, 1);
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(i % 2 == 0 ? half : _mm_srli_si128(half, 8)));
     }
     static F load_i8(const uint8_t * p) {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
@@ -122,6 +133,8 @@ struct V {
         return kept;
     }
 };
+
+#include "rows.inl"
 
 #include "attend.inl"
 #include "score.inl"

@@ -6,7 +6,9 @@
 namespace fasa {
 namespace {
 
-struct V {
+#include "codes_x86.h"
+
+struct V : Codes256 {
     static constexpr int      W        = 16;
     static constexpr int      kQueries = 4;
     static constexpr uint32_t kLanes   = 0xffff;
@@ -42,6 +44,15 @@ struct V {
     }
     static F load_f16(const uint8_t * p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    }
+    static F load_f32(const uint8_t * p) { return _mm512_loadu_ps(p); }
+    static F load_bf16(const uint8_t * p) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static F widen(Codes c, int i) {
+        return _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(i == 0 ? _mm256_castsi256_si128(c) : _mm256_extracti128_si256(c, 1)));
     }
     static F load_i8(const uint8_t * p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
@@ -88,6 +99,8 @@ struct V {
         return kept;
     }
 };
+
+#include "rows.inl"
 
 #include "attend.inl"
 #include "score.inl"

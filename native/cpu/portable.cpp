@@ -48,8 +48,58 @@ struct V {
     static F load_f16(const uint8_t * p) {
         return each([=](int i) { return half(p + 2 * i); });
     }
+    static F load_f32(const uint8_t * p) {
+        F r;
+        std::memcpy(&r, p, sizeof(r));
+        return r;
+    }
+    static F load_bf16(const uint8_t * p) {
+        typedef uint16_t Halves __attribute__((vector_size(16)));
+        typedef uint32_t Words __attribute__((vector_size(32)));
+        Halves           bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        return reinterpret_cast<F>(__builtin_convertvector(bits, Words) << 16);
+    }
+
+    // 32 small integers; loops that the compiler turns into vectors.
+    struct Codes {
+        int8_t c[32];
+    };
+    static Codes nibbles(const uint8_t * p) {
+        Codes r;
+        for (int i = 0; i < 16; ++i) {
+            r.c[i]      = static_cast<int8_t>(p[i] & 15);
+            r.c[i + 16] = static_cast<int8_t>(p[i] >> 4);
+        }
+        return r;
+    }
+    static Codes minus(Codes r, int n) {
+        for (int8_t & code : r.c) {
+            code = static_cast<int8_t>(code - n);
+        }
+        return r;
+    }
+    static Codes fifth_bits(Codes r, const uint8_t * word) {
+        uint32_t bits;
+        std::memcpy(&bits, word, sizeof(bits));
+        for (int i = 0; i < 32; ++i) {
+            r.c[i] = static_cast<int8_t>(r.c[i] | (bits >> i & 1u) << 4);
+        }
+        return r;
+    }
+    static Codes lookup(Codes r, const int8_t * table) {
+        for (int8_t & code : r.c) {
+            code = table[code];
+        }
+        return r;
+    }
+    static F widen(const Codes & r, int i) { return load_i8(reinterpret_cast<const uint8_t *>(r.c) + W * i); }
+
     static F load_i8(const uint8_t * p) {
-        return each([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+        typedef int8_t Bytes8 __attribute__((vector_size(8)));
+        Bytes8         codes;
+        std::memcpy(&codes, p, sizeof(codes));
+        return __builtin_convertvector(codes, F);
     }
     static float    sum(const F & a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
     static uint32_t at_least(const F & a, const F & b) {
@@ -110,6 +160,8 @@ struct V {
         return kept;
     }
 };
+
+#include "rows.inl"
 
 #include "attend.inl"
 #include "score.inl"

@@ -11,7 +11,7 @@ namespace fasa_test {
 
 namespace {
 
-constexpr uint16_t kHalfMinusInf = 0xfc00; // masked
+using fasa::kHalfMinusInf;
 
 Context new_context() {
     const ggml_init_params params = {4 << 20, nullptr, true};
@@ -62,6 +62,7 @@ fasa_config config_of(int32_t budget) {
     fasa_config config = {};
     config.enabled     = 1;
     config.budget      = budget;
+    config.max_rows    = 8;
     config.verify      = 1;
     config.isa         = FASA_ISA_AUTO;
     return config;
@@ -87,15 +88,27 @@ fasa_counters counters_of(const Session & session) {
 }
 
 Step random_step(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> cells, int64_t n_seen) {
+    return random_rows(rng, shape, std::move(cells), std::vector<std::vector<int64_t>>(shape.n_stream, {n_seen}));
+}
+
+Step random_rows(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> cells,
+                 const std::vector<std::vector<int64_t>> & n_seen) {
     Step step;
-    step.k     = gaussian(rng, shape.head_dim * shape.n_head_kv * cells.size());
-    step.v     = gaussian(rng, shape.head_dim * shape.n_head_kv * cells.size());
-    step.q     = gaussian(rng, shape.head_dim * shape.n_head, 2.0f);
-    step.sinks = gaussian(rng, shape.n_head, 3.0f); // large enough for a lost sink to show
-    step.cells = std::move(cells);
-    step.mask.assign(shape.n_cell, kHalfMinusInf);
-    for (int64_t c = 0; c < n_seen; ++c) {
-        step.mask[c] = c > 0 && rng() % 16 == 0 ? kHalfMinusInf : 0;
+    step.n_rows = static_cast<int64_t>(n_seen.at(0).size());
+    step.k      = gaussian(rng, shape.head_dim * shape.n_head_kv * cells.size());
+    step.v      = gaussian(rng, shape.head_dim * shape.n_head_kv * cells.size());
+    step.q      = gaussian(rng, shape.head_dim * shape.n_head * step.n_rows * shape.n_stream, 2.0f);
+    step.sinks  = gaussian(rng, shape.n_head, 3.0f); // large enough for a lost sink to show
+    step.cells  = std::move(cells);
+    step.mask.assign(shape.n_cell * step.n_rows * shape.n_stream, kHalfMinusInf);
+    auto mask = step.mask.begin();
+    for (const auto & stream : n_seen) {
+        for (const int64_t n : stream) {
+            for (int64_t c = 0; c < n; ++c) {
+                mask[c] = c > 0 && rng() % 16 == 0 ? kHalfMinusInf : 0;
+            }
+            mask += shape.n_cell;
+        }
     }
     return step;
 }
@@ -103,8 +116,8 @@ Step random_step(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> c
 Decoder::Decoder(const Shape & shape, const Backend & backend)
     : shape_(shape), backend_(backend.get()), ctx_(new_context()) {
     const int64_t row = static_cast<int64_t>(shape.head_dim) * shape.n_head_kv;
-    k_                = ggml_new_tensor_2d(ctx_.get(), shape.k_type, row, shape.n_cell);
-    v_                = ggml_new_tensor_2d(ctx_.get(), shape.v_type, row, shape.n_cell);
+    k_                = ggml_new_tensor_3d(ctx_.get(), shape.k_type, row, shape.n_cell, shape.n_stream);
+    v_                = ggml_new_tensor_3d(ctx_.get(), shape.v_type, row, shape.n_cell, shape.n_stream);
     ggml_set_name(k_, "cache_k_l0");
     ggml_set_name(v_, "cache_v_l0");
     buffer_.reset(ggml_backend_alloc_ctx_tensors(ctx_.get(), backend_));
@@ -113,9 +126,10 @@ Decoder::Decoder(const Shape & shape, const Backend & backend)
 }
 
 ggml_tensor * Decoder::view(ggml_context * ctx, ggml_tensor * cache, int64_t n_kv) const {
-    ggml_tensor * cells = ggml_view_4d(ctx, cache, shape_.head_dim, shape_.n_head_kv, n_kv, 1,
+    ggml_tensor * cells = ggml_view_4d(ctx, cache, shape_.head_dim, shape_.n_head_kv, n_kv, shape_.n_stream,
                                        ggml_row_size(cache->type, shape_.head_dim), cache->nb[1], cache->nb[2], 0);
-    return ggml_permute(ctx, cells, 0, 2, 1, 3);
+    ggml_tensor * heads = ggml_permute(ctx, cells, 0, 2, 1, 3);
+    return cache->type == GGML_TYPE_F32 ? ggml_cast(ctx, heads, GGML_TYPE_F16) : heads; // as llama.cpp does
 }
 
 std::vector<float> Decoder::run(const Step & step, const Extra & before, const Extra & after) {
@@ -123,10 +137,11 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
     ggml_context * c     = ctx.get();
     const int64_t  row   = static_cast<int64_t>(shape_.head_dim) * shape_.n_head_kv;
     const int64_t  n_new = static_cast<int64_t>(step.cells.size());
-    const int64_t  n_kv  = static_cast<int64_t>(step.mask.size()) / step.n_rows;
+    const int64_t  n_str = shape_.n_stream;
+    const int64_t  n_kv  = static_cast<int64_t>(step.mask.size()) / step.n_rows / n_str;
 
-    ggml_tensor * q      = ggml_new_tensor_4d(c, GGML_TYPE_F32, shape_.head_dim, step.n_rows, shape_.n_head, 1);
-    ggml_tensor * mask   = ggml_new_tensor_4d(c, GGML_TYPE_F16, n_kv, step.n_rows, 1, 1);
+    ggml_tensor * q      = ggml_new_tensor_4d(c, GGML_TYPE_F32, shape_.head_dim, step.n_rows, shape_.n_head, n_str);
+    ggml_tensor * mask   = ggml_new_tensor_4d(c, GGML_TYPE_F16, n_kv, step.n_rows, 1, n_str);
     ggml_tensor * sinks  = ggml_new_tensor_1d(c, GGML_TYPE_F32, shape_.n_head);
     ggml_tensor * k      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
     ggml_tensor * v      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
@@ -138,8 +153,10 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
         }
     };
     if (n_new > 0) {
-        ggml_build_forward_expand(graph, ggml_set_rows(c, k_, k, cells));
-        ggml_build_forward_expand(graph, ggml_set_rows(c, v_, v, cells));
+        for (const auto & [cache, rows] : {std::pair{k_, k}, std::pair{v_, v}}) {
+            ggml_tensor * all = ggml_reshape_2d(c, cache, row, shape_.n_cell * n_str);
+            ggml_build_forward_expand(graph, ggml_set_rows(c, all, rows, cells));
+        }
     }
     expand(before);
     ggml_tensor * out =
@@ -171,6 +188,13 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
     }
     CHECK_EQUAL(ggml_backend_graph_compute(backend_, graph), GGML_STATUS_SUCCESS);
     CHECK_EQUAL(out->op, GGML_OP_FLASH_ATTN_EXT); // the graph is given back as it came
+    for (ggml_tensor * t = ggml_get_first_tensor(c); t != nullptr; t = ggml_get_next_tensor(c, t)) {
+        if (t->name[0] != '\0' && t->type == GGML_TYPE_F32 && t->op != GGML_OP_NONE && ggml_is_contiguous(t)) {
+            std::vector<float> & values = named_[t->name];
+            values.resize(ggml_nelements(t));
+            ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+        }
+    }
     std::vector<float> result(ggml_nelements(out));
     ggml_backend_tensor_get(out, result.data(), 0, ggml_nbytes(out));
     return result;

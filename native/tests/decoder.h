@@ -6,6 +6,7 @@
 #include <ggml.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -29,7 +30,8 @@ struct Shape {
     int32_t   head_dim  = 64;
     int32_t   n_head    = 4;
     int32_t   n_head_kv = 2;
-    int64_t   n_cell    = 256;
+    int64_t   n_cell    = 256; // of one stream
+    int64_t   n_stream  = 1;
     ggml_type k_type    = GGML_TYPE_F16;
     ggml_type v_type    = GGML_TYPE_F16;
     float     softcap   = 0.0f;
@@ -56,16 +58,20 @@ fasa_counters counters_of(const Session & session);
 
 // One decode step: which cells get new rows, who is visible, and the numbers.
 struct Step {
-    std::vector<int64_t>  cells;
-    std::vector<uint16_t> mask; // f16 [n_kv, n_rows]
-    std::vector<float>    k, v; // [head_dim * n_head_kv, cells]
-    std::vector<float>    q;    // [head_dim, n_rows, n_head]
+    std::vector<int64_t>  cells; // numbered through all streams
+    std::vector<uint16_t> mask;  // f16 [n_kv, n_rows, n_stream]
+    std::vector<float>    k, v;  // [head_dim * n_head_kv, cells]
+    std::vector<float>    q;     // [head_dim, n_rows, n_head, n_stream]
     std::vector<float>    sinks;
-    int64_t               n_rows = 1;
+    int64_t               n_rows = 1; // of each stream
 };
 
 // `cells` are written; cells below n_seen are visible, a few of them hidden.
 Step random_step(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> cells, int64_t n_seen);
+
+// As many query rows per stream as n_seen has for it, each seeing that many cells; n_seen [n_rows, n_stream].
+Step random_rows(std::mt19937 & rng, const Shape & shape, std::vector<int64_t> cells,
+                 const std::vector<std::vector<int64_t>> & n_seen);
 
 class Decoder {
   public:
@@ -76,6 +82,9 @@ class Decoder {
     Decoder(const Shape & shape, const Backend & backend);
 
     std::vector<float> run(const Step & step, const Extra & before = nullptr, const Extra & after = nullptr);
+
+    // A tensor of the last graph by name, f32.
+    const std::vector<float> & read(const std::string & name) const { return named_.at(name); }
 
     // Frees the caches before the decoder goes.
     void free_cache() { buffer_.reset(); }
@@ -93,6 +102,8 @@ class Decoder {
     ggml_tensor *  k_;
     ggml_tensor *  v_;
     Buffer         buffer_;
+
+    std::map<std::string, std::vector<float>> named_; // what extra nodes computed
 };
 
 } // namespace fasa_test

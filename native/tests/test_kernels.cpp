@@ -1,5 +1,7 @@
 // Every instruction set against the reference kernels, on poisoned outputs of exactly the documented size: a sanitizer
 // build then sees each byte read or written beyond.
+#include <ggml.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -146,20 +148,21 @@ TEST(select_equals_the_reference) {
 }
 
 TEST(attend_agrees_with_the_reference) {
-    std::mt19937 rng = fresh_rng();
-    for (const int32_t k_type : {FASA_KV_F16, FASA_KV_Q8_0}) {
-        for (const int32_t v_type : {FASA_KV_F16, FASA_KV_Q8_0}) {
+    std::mt19937  rng     = fresh_rng();
+    const int32_t types[] = {FASA_KV_F32,  FASA_KV_F16,  FASA_KV_BF16, FASA_KV_Q8_0,  FASA_KV_Q4_0,
+                             FASA_KV_Q4_1, FASA_KV_Q5_0, FASA_KV_Q5_1, FASA_KV_IQ4_NL};
+    for (const int32_t k_type : types) {
+        for (const int32_t v_type : types) {
             for (const auto & dims : {std::pair<int, int>{32, 32}, {64, 96}, {128, 128}, {256, 224}}) {
+                if (k_type != v_type && dims.first != 64) {
+                    continue;
+                }
                 const int64_t n_kv = 113;
                 const auto    fill = [&](int32_t type, int64_t dim) {
-                    std::vector<uint8_t> bytes(n_kv * (type == FASA_KV_F16 ? 2 * dim : dim / 32 * 34));
-                    for (size_t i = 0; i < bytes.size(); i += 2) {
-                        const bool     step = type == FASA_KV_Q8_0 && i % 34 == 0;
-                        const float    x    = gaussian(rng, 1)[0];
-                        const uint16_t half = fasa::float_to_half(step ? std::fabs(x) / 64 : x);
-                        const uint16_t word = step || type == FASA_KV_F16 ? half : static_cast<uint16_t>(rng());
-                        std::memcpy(bytes.data() + i, &word, 2);
-                    }
+                    const auto           x = gaussian(rng, n_kv * dim);
+                    const auto           t = static_cast<ggml_type>(type);
+                    std::vector<uint8_t> bytes(n_kv * ggml_row_size(t, dim));
+                    ggml_quantize_chunk(t, x.data(), bytes.data(), 0, n_kv, dim, nullptr);
                     return bytes;
                 };
                 const std::vector<uint8_t> k = fill(k_type, dims.first);
@@ -204,6 +207,30 @@ TEST(attend_agrees_with_the_reference) {
             }
         }
     }
+}
+
+TEST(rows_are_read_as_ggml_reads_them) {
+    std::mt19937 rng = fresh_rng();
+    for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                                 GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL}) {
+        const Case           c(ggml_type_name(type));
+        const int64_t        n = 224;
+        const auto           x = gaussian(rng, 3 * n);
+        std::vector<uint8_t> bytes(3 * ggml_row_size(type, n));
+        ggml_quantize_chunk(type, x.data(), bytes.data(), 0, 3, n, nullptr);
+        std::vector<float> expected(3 * n), actual(3 * n, 7.0f);
+        if (type == GGML_TYPE_F32) {
+            expected = x;
+        } else {
+            ggml_get_type_traits(type)->to_float(bytes.data(), expected.data(), 3 * n);
+        }
+        CHECK_EQUAL(fasa_kv_to_float(type, bytes.data(), n, 3, actual.data()), FASA_STATUS_OK);
+        CHECK_AT_MOST(nmse(actual, expected), 1e-13); // the last bit, where a product and a sum are fused
+    }
+    float one = 0;
+    CHECK_EQUAL(fasa_kv_to_float(GGML_TYPE_Q4_K, &one, 256, 1, &one), FASA_STATUS_ARGUMENT);
+    CHECK_EQUAL(fasa_kv_to_float(GGML_TYPE_F16, &one, 33, 1, &one), FASA_STATUS_ARGUMENT);
+    CHECK_EQUAL(fasa_kv_row_bytes(GGML_TYPE_F16, -32), 0);
 }
 
 TEST(hadamard_is_the_sylvester_matrix) {

@@ -7,14 +7,16 @@
 #include <map>
 
 #include "decoder.h"
+#include "half.h"
 
 using namespace fasa_test;
 
 namespace {
 
-constexpr int64_t  kCells        = 256;
-constexpr int64_t  kSeen         = 100;
-constexpr uint16_t kHalfMinusInf = 0xfc00;
+constexpr int64_t kCells = 256;
+constexpr int64_t kSeen  = 100;
+
+using fasa::kHalfMinusInf;
 
 // How the node of a row differs from one that is replaced.
 struct NodeSpec {
@@ -28,7 +30,7 @@ struct NodeSpec {
     float        max_bias = 0.0f;
     int32_t      n_kv_max = 0;
     bool         no_alloc = false;
-    int64_t      n_seen   = kSeen;
+    int64_t      n_seen   = kSeen; // by every row
     // Last changes to the finished node.
     std::function<void(ggml_context *, ggml_tensor *)> edit;
 };
@@ -55,15 +57,17 @@ ggml_tensor * cache_view(ggml_context * c, ggml_type type, const char * name, in
 Node make_node(const NodeSpec & s) {
     const ggml_init_params params = {8 << 20, nullptr, s.no_alloc};
     Context                ctx(ggml_init(params));
-    ggml_context *         c    = ctx.get();
-    ggml_tensor *          q    = ggml_new_tensor_4d(c, GGML_TYPE_F32, s.head_dim, s.n_rows, s.n_head, s.n_stream);
-    ggml_tensor *          k    = cache_view(c, s.k_type, s.k_name, s.head_dim, s.n_head_kv, s, s.k_view);
-    ggml_tensor *          v    = cache_view(c, s.v_type, "cache_v_l0", s.v_dim, s.n_head_v, s, s.v_view);
-    ggml_tensor *          mask = s.mask ? ggml_new_tensor_4d(c, GGML_TYPE_F16, s.n_kv, s.n_rows, 1, 1) : nullptr;
+    ggml_context *         c = ctx.get();
+    ggml_tensor *          q = ggml_new_tensor_4d(c, GGML_TYPE_F32, s.head_dim, s.n_rows, s.n_head, s.n_stream);
+    ggml_tensor *          k = cache_view(c, s.k_type, s.k_name, s.head_dim, s.n_head_kv, s, s.k_view);
+    ggml_tensor *          v = cache_view(c, s.v_type, "cache_v_l0", s.v_dim, s.n_head_v, s, s.v_view);
+    ggml_tensor * mask       = s.mask ? ggml_new_tensor_4d(c, GGML_TYPE_F16, s.n_kv, s.n_rows, 1, s.n_stream) : nullptr;
     if (mask != nullptr && !s.no_alloc) {
         auto * p = static_cast<uint16_t *>(mask->data);
         std::fill(p, p + ggml_nelements(mask), kHalfMinusInf);
-        std::fill(p, p + s.n_seen, 0);
+        for (int64_t row = 0; row < s.n_rows * s.n_stream; ++row) {
+            std::fill(p + row * s.n_kv, p + row * s.n_kv + s.n_seen, 0);
+        }
     }
     ggml_tensor * node = ggml_flash_attn_ext(c, q, k, v, mask, 0.125f, s.max_bias, 0.0f);
     if (s.n_kv_max != 0) {
@@ -82,6 +86,7 @@ struct Row {
     fasa_config  config     = config_of(16);
     bool         profile    = true;
     bool         empty_rows = false; // the profile keeps no chunk for layer 0
+    bool         sliding    = false;
 };
 
 std::vector<Row> rows() {
@@ -108,8 +113,29 @@ std::vector<Row> rows() {
         r.config.enabled = 0;
         r.node.n_rows    = 7;
     });
-    add("two query rows", FASA_REASON_PREFILL, [](Row & r) { r.node.n_rows = 2; });
-    add("two streams", FASA_REASON_STREAMS, [](Row & r) { r.node.n_stream = 2; });
+    add("one row more than max_rows", FASA_REASON_PREFILL, [](Row & r) { r.node.n_rows = r.config.max_rows + 1; });
+    add("a row more than one", FASA_REASON_PREFILL, [](Row & r) {
+        r.node.n_rows     = 2;
+        r.config.max_rows = 1;
+    });
+    add("max_rows rows", FASA_REASON_SPARSE, [](Row & r) { r.node.n_rows = r.config.max_rows; });
+    add("three streams of two rows", FASA_REASON_SPARSE, [](Row & r) {
+        r.node.n_stream = 3;
+        r.node.n_rows   = 2;
+    });
+    edit("a view that begins inside a stream", FASA_REASON_STREAMS,
+         [](ggml_context *, ggml_tensor * n) { n->src[1]->view_offs = 5 * n->src[1]->nb[1]; });
+    edit("a view past the last stream", FASA_REASON_STREAMS,
+         [](ggml_context *, ggml_tensor * n) { n->src[1]->view_offs = kCells * n->src[1]->nb[1]; });
+    add("several streams while capturing", FASA_REASON_STREAMS, [](Row & r) {
+        r.node.n_stream  = 2;
+        r.config.capture = 1;
+    });
+    add("sliding window", FASA_REASON_SWA, [](Row & r) { r.sliding = true; });
+    add("sliding window without a profile", FASA_REASON_SWA, [](Row & r) {
+        r.sliding = true;
+        r.profile = false;
+    });
 
     add("K computed in the graph", FASA_REASON_NO_CACHE, [](Row & r) { r.node.k_view = false; });
     add("V computed in the graph", FASA_REASON_NO_CACHE, [](Row & r) { r.node.v_view = false; });
@@ -119,9 +145,22 @@ std::vector<Row> rows() {
     add("ALiBi", FASA_REASON_ALIBI, [](Row & r) { r.node.max_bias = 8.0f; });
     add("n_kv_max", FASA_REASON_N_KV_MAX, [](Row & r) { r.node.n_kv_max = 64; });
 
-    for (const ggml_type type : {GGML_TYPE_Q4_0, GGML_TYPE_BF16, GGML_TYPE_F32, GGML_TYPE_Q5_1}) {
-        add("K type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.k_type = type; });
-        add("V type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.v_type = type; });
+    for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                                 GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL}) {
+        add(ggml_type_name(type), FASA_REASON_SPARSE, [&](Row & r) { r.node.k_type = type; });
+        add(ggml_type_name(type), FASA_REASON_SPARSE, [&](Row & r) { r.node.v_type = type; });
+        CHECK_EQUAL(fasa_kv_row_bytes(type, 96), ggml_row_size(type, 96));
+    }
+    edit("f32 K and V, cast to f16", FASA_REASON_SPARSE, [](ggml_context * c, ggml_tensor * n) {
+        for (const int i : {1, 2}) {
+            n->src[i]->type = n->src[i]->view_src->type = GGML_TYPE_F32;
+            n->src[i]->nb[0]                            = sizeof(float);
+            n->src[i]                                   = ggml_cast(c, n->src[i], GGML_TYPE_F16);
+        }
+    });
+    for (const ggml_type type : {GGML_TYPE_MXFP4, GGML_TYPE_TQ2_0}) {
+        add("K type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.k_type = type, r.node.head_dim = 256; });
+        add("V type", FASA_REASON_KV_TYPE, [&](Row & r) { r.node.v_type = type, r.node.v_dim = 256; });
     }
     add("head size 80", FASA_REASON_KV_TYPE, [](Row & r) { r.node.head_dim = 80; });
     add("V head size 288", FASA_REASON_KV_TYPE, [](Row & r) { r.node.v_dim = 288; });
@@ -179,12 +218,14 @@ TEST(plan_gives_the_reason_of_every_row) {
             std::fill(source.bits.begin(), source.bits.begin() + 32, 0); // one head is enough
         }
         const fasa::Profile profile(source.view);
-        const auto          layouts = profile.layouts(0);
+        const auto          layouts = profile.layouts(0, 0);
         const Node          node    = make_node(row.node);
         fasa::MaskCache     masks;
         fasa::Plan          out{};
-        const fasa_reason   reason = fasa::plan(node.node, row.profile ? &profile : nullptr,
-                                                row.profile ? layouts.get() : nullptr, row.config, masks, &out);
+        masks.begin(row.config);
+        const fasa_reason reason = fasa::plan(
+            node.node, {row.profile ? &profile : nullptr, row.profile ? layouts.get() : nullptr, &row.config, &masks},
+            row.sliding, &out);
         if (reason != row.reason) {
             fail_check(__FILE__, __LINE__,
                        std::string("plan says ") + fasa_reason_name(reason) + ", expected " +
@@ -194,16 +235,22 @@ TEST(plan_gives_the_reason_of_every_row) {
             CHECK_EQUAL(out.layer, 0);
             CHECK_EQUAL(out.n_head, row.node.n_head);
             CHECK_EQUAL(out.n_head_kv, row.node.n_head_kv);
-            CHECK_EQUAL(out.visible->n_cell, kSeen);
-            CHECK_EQUAL(out.visible->n_block, 2);
+            CHECK_EQUAL(out.rows.size(), row.node.n_rows * row.node.n_stream);
+            CHECK_EQUAL(out.n_block.size(), row.node.n_stream);
+            for (const fasa::Row & r : out.rows) {
+                CHECK_EQUAL(r.visible->n_cell, kSeen);
+                CHECK_EQUAL(r.visible->n_block, 2);
+                CHECK(!r.attend_all);
+            }
             CHECK(std::strcmp(out.k_root->name, row.node.k_name) == 0);
         }
         ++seen[reason];
     }
     for (int32_t reason = 0; reason < FASA_REASON_COUNT; ++reason) {
         const Case c(fasa_reason_name(reason));
-        // NO_MEMORY is the session's: plan allocates nothing.
-        CHECK_EQUAL(seen.count(static_cast<fasa_reason>(reason)), reason == FASA_REASON_NO_MEMORY ? 0 : 1);
+        // These two are the session's: plan allocates nothing and sees one node.
+        const bool of_session = reason == FASA_REASON_NO_MEMORY || reason == FASA_REASON_CACHE_VIEWS;
+        CHECK_EQUAL(seen.count(static_cast<fasa_reason>(reason)), of_session ? 0 : 1);
     }
 }
 
@@ -233,8 +280,9 @@ TEST(visible_bits_are_those_of_the_mask) {
                 ++n_visible;
             }
         }
-        fasa::MaskCache       masks;
-        const fasa::Visible & v = masks.row(node.node->src[3], 0);
+        fasa::MaskCache masks;
+        masks.begin(config_of(16));
+        const fasa::Visible & v = masks.row(node.node->src[3], 0, 0);
         CHECK_EQUAL(v.words.size(), (n_kv + 63) / 64);
         CHECK_EQUAL(v.n_cell, n_visible);
         CHECK_EQUAL(v.n_block, last / 64 + (last >= 0 ? 1 : 0));
@@ -242,4 +290,48 @@ TEST(visible_bits_are_those_of_the_mask) {
             CHECK_EQUAL(v.words[i / 64] >> i % 64 & 1u, i < n_kv && mask[i] != kHalfMinusInf);
         }
     }
+}
+
+// Rows of one node are planned each by its own mask.
+TEST(rows_shorter_than_min_ctx_attend_to_all_they_see) {
+    NodeSpec spec;
+    spec.n_rows     = 3;
+    spec.n_stream   = 2;
+    const Node node = make_node(spec);
+    auto *     mask = static_cast<uint16_t *>(node.node->src[3]->data);
+    const auto see  = [&](int64_t row, int64_t n) {
+        std::fill(mask + row * kCells, mask + (row + 1) * kCells, kHalfMinusInf);
+        std::fill(mask + row * kCells, mask + row * kCells + n, 0);
+    };
+    const int64_t cells[] = {10, 130, 65, 0, 64, 63};
+    for (int64_t row = 0; row < 6; ++row) {
+        see(row, cells[row]);
+    }
+    const AllChunks     source{Shape()};
+    const fasa::Profile profile(source.view);
+    const auto          layouts = profile.layouts(0, 0);
+    const auto          planned = [&](int32_t min_ctx, fasa::Plan * out) {
+        fasa_config config = config_of(4);
+        config.min_ctx     = min_ctx;
+        config.sinks       = 2;
+        config.recent      = 1;
+        static fasa::MaskCache masks;
+        masks.begin(config);
+        return fasa::plan(node.node, {&profile, layouts.get(), &config, &masks}, false, out);
+    };
+    fasa::Plan out{};
+    CHECK_EQUAL(planned(65, &out), FASA_REASON_SPARSE);
+    for (int64_t row = 0; row < 6; ++row) {
+        const Case c("row " + std::to_string(row));
+        CHECK_EQUAL(out.rows[row].stream, row / 3);
+        CHECK_EQUAL(out.rows[row].row, row % 3);
+        CHECK_EQUAL(out.rows[row].visible->n_cell, cells[row]);
+        CHECK_EQUAL(out.rows[row].attend_all, cells[row] < 65);
+        CHECK_EQUAL(out.rows[row].visible->forced.size(), std::min<int64_t>(3, cells[row]));
+    }
+    CHECK_EQUAL(out.n_block[0], 3);
+    CHECK_EQUAL(out.n_block[1], 0); // nothing to score there: its index is left alone
+    CHECK_EQUAL(out.rows[1].visible->forced[2], 129);
+    fasa::Plan none{};
+    CHECK_EQUAL(planned(131, &none), FASA_REASON_SHORT_CONTEXT);
 }

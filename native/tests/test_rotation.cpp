@@ -53,9 +53,11 @@ int32_t rotation_of(const Row & row) {
     shape.head_dim = row.head_dim;
     const AllChunks     source(shape);
     const fasa::Profile profile(source.view);
+    const auto          layouts = profile.layouts(0, 0);
+    const fasa_config   config  = config_of(4);
     fasa::MaskCache     masks;
     fasa::Plan          out{};
-    CHECK_EQUAL(fasa::plan(node, &profile, profile.layouts(0).get(), config_of(4), masks, &out), FASA_REASON_SPARSE);
+    CHECK_EQUAL(fasa::plan(node, {&profile, layouts.get(), &config, &masks}, false, &out), FASA_REASON_SPARSE);
     return out.rotation;
 }
 
@@ -152,10 +154,12 @@ TEST(keys_come_back_in_the_rope_basis_after_a_dense_node) {
     const Backend   backend = decorated_backend(session);
     Decoder         decoder(shape, backend);
     Step            prefill = random_step(rng, shape, {0, 1, 2, 3, 4}, 5);
-    prefill.n_rows          = 2;
-    prefill.q               = gaussian(rng, 2 * shape.head_dim * shape.n_head);
+    prefill.n_rows          = 9;
+    prefill.q               = gaussian(rng, 9 * shape.head_dim * shape.n_head);
     const auto row          = prefill.mask;
-    prefill.mask.insert(prefill.mask.end(), row.begin(), row.end());
+    for (int i = 1; i < 9; ++i) {
+        prefill.mask.insert(prefill.mask.end(), row.begin(), row.end());
+    }
     decoder.run(prefill);
     CHECK_EQUAL(counters_of(session).nodes[FASA_REASON_PREFILL], 1);
     check_keys(session, decoder, 5);

@@ -1,0 +1,22 @@
+// Large arrays: aligned for vectors, and able to fail on demand so that tests can see what happens then.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace fasa {
+
+struct AlignedFree {
+    void operator()(void * p) const { std::free(p); }
+};
+template <typename T> using Aligned = std::unique_ptr<T[], AlignedFree>;
+
+// 64-byte aligned and zeroed; throws std::bad_alloc.
+void * allocate_aligned(size_t bytes);
+
+template <typename T> Aligned<T> make_aligned(int64_t n) {
+    return Aligned<T>(static_cast<T *>(allocate_aligned(static_cast<size_t>(n) * sizeof(T))));
+}
+
+} // namespace fasa
