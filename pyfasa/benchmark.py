@@ -1,14 +1,4 @@
-"""Decode speed at chosen cache depths: dense and FASA in alternating repetitions on one context.
-
-The cache is filled from a synthetic state instead of a prefill: a few hundred real tokens are
-evaluated, their sequence state is taken (`llama_state_seq_get_data`; llama-kv-cache.cpp,
-state_write), its cells are repeated in random order, and the longer state is set.
-
-What that means for the numbers: the work of a dense node and of score and attend depends on shapes
-only, so it is timed fairly. select depends on how scores are spread: copies of a cell would tie, so
-the low bits of copied keys are random. They keep the rotation of the cell they come from, so the
-text means nothing. While a state is set it takes the memory of the cache once more.
-"""
+"""Decode speed at chosen cache depths: dense and FASA in alternating repetitions on one context."""
 
 from __future__ import annotations
 
@@ -17,7 +7,6 @@ import ctypes
 import io
 import json
 import statistics
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,149 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pyfasa import doctor
 from pyfasa.console import cells_read, markdown
+from pyfasa.synthetic import fill, read_state
 
 if TYPE_CHECKING:
-    import llama_cpp
-
     from pyfasa.llama import Llama
     from pyfasa.native import Counters, Timings
 
 STAGES = ("index", "score", "select", "attend", "wait", "plan")
 REAL_CELLS = 512
-TYPES = {"f16": 1, "q8_0": 8}  # the K/V types that FASA computes, with their ggml_type
 
-Bytes = npt.NDArray[np.uint8]
 Row = dict[str, Any]
-
-
-# ---- the synthetic state ------------------------------------------------------------------------
-
-STATE_MAGIC = 0xAF143CD8  # llama-context.cpp, io_magic
-
-
-@dataclass(frozen=True)
-class CacheTensor:
-    """K or V of one layer: rows u8 [row_bytes, n_cell] as they lie in the cache."""
-
-    ggml_type: int
-    rows: Bytes
-
-
-@dataclass(frozen=True)
-class SequenceState:
-    """The cells of one sequence in a plain KV cache: K of all layers, then V of all layers."""
-
-    tensors: tuple[CacheTensor, ...]
-
-    @property
-    def n_cell(self) -> int:
-        return len(self.tensors[0].rows)
-
-    @classmethod
-    def parse(cls, blob: bytes) -> SequenceState:
-        """From llama_state_seq_get_data; ValueError if the cache is of another kind."""
-        at = 0
-
-        def take(layout: str) -> tuple[Any, ...]:
-            nonlocal at
-            values = struct.unpack_from(layout, blob, at)
-            at += struct.calcsize(layout)
-            return values
-
-        def tensor(n_cell: int) -> CacheTensor:
-            nonlocal at
-            ggml_type, row_bytes = take("<iQ")
-            rows = np.frombuffer(blob, np.uint8, n_cell * row_bytes, at).reshape(n_cell, row_bytes)
-            at += rows.size
-            return CacheTensor(ggml_type, rows)
-
-        try:
-            magic, _, n_stream, n_cell = take("<IiII")
-            sequences = {take("<iIi")[1] for _ in range(n_cell)}
-            transposed, n_layer = take("<II")
-            tensors = tuple(tensor(n_cell) for _ in range(2 * n_layer))
-            plain = (magic, n_stream, transposed, sequences) == (STATE_MAGIC, 1, 0, {1})
-        except (ValueError, struct.error):
-            plain = False
-        if not plain or at != len(blob):
-            raise ValueError(
-                "the cache of this model is not one plain KV cache (sliding-window, recurrent or "
-                "M-RoPE layers), so bench cannot fill it; time a long prompt with `pyfasa run`"
-            )
-        return cls(tensors)
-
-    def stretch(self, n_cell: int, seed: int = 0) -> Bytes:
-        """A state of n_cell cells at positions 0 .. n_cell - 1 for llama_state_seq_set_data.
-
-        The first cells are the real ones as they are; copies follow in random order, the low bits
-        of their keys random.
-        """
-        rng = np.random.default_rng(seed)
-        real = min(n_cell, self.n_cell)
-        copies = [rng.permutation(real) for _ in range(-(-n_cell // real) - 1)]
-        order = np.concatenate([np.arange(real), *copies])[:n_cell]
-
-        cells = np.zeros((n_cell, 3), "<i4")  # position, number of sequences, sequence
-        cells[:, 0] = np.arange(n_cell)
-        cells[:, 1] = 1
-        n_layer, at = len(self.tensors) // 2, 24 + cells.nbytes
-        size = at + sum(12 + n_cell * t.rows.shape[1] for t in self.tensors)
-        blob = np.empty(size, np.uint8)
-        struct.pack_into("<IiII", blob.data, 0, STATE_MAGIC, 0, 1, n_cell)
-        blob[16 : at - 8] = cells.view(np.uint8).ravel()
-        struct.pack_into("<II", blob.data, at - 8, 0, n_layer)
-        for i, tensor in enumerate(self.tensors):
-            row_bytes = tensor.rows.shape[1]
-            struct.pack_into("<iQ", blob.data, at, tensor.ggml_type, row_bytes)
-            rows = blob[at + 12 :][: n_cell * row_bytes].reshape(n_cell, row_bytes)
-            np.take(tensor.rows, order, axis=0, out=rows, mode="clip")
-            if i < n_layer:
-                _randomize(rows[real:], tensor.ggml_type, rng)
-            at += 12 + rows.size
-        return blob
-
-
-def _randomize(rows: Bytes, ggml_type: int, rng: np.random.Generator) -> None:
-    """Flips low bits of keys in place: 6 of 10 mantissa bits of f16, 3 of 8 bits of q8_0."""
-    for part in np.array_split(rows, max(1, len(rows) // 8192)):
-        if ggml_type == TYPES["f16"]:
-            halves = part.view("<u2")
-            halves ^= rng.integers(0, 64, halves.shape, np.uint16)
-        elif ggml_type == TYPES["q8_0"]:  # blocks of an f16 step and 32 signed bytes
-            quants = part.reshape(len(part), part.shape[1] // 34, 34)[:, :, 2:].view(np.int8)
-            quants ^= rng.integers(0, 8, quants.shape, np.int8)
-            np.maximum(quants, -127, out=quants)
-
-
-def read_state(llm: llama_cpp.Llama) -> SequenceState:
-    """The state of sequence 0 of a model that has evaluated something."""
-    import llama_cpp
-
-    size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
-    buffer = (ctypes.c_uint8 * size)()
-    if size == 0 or llama_cpp.llama_state_seq_get_data(llm.ctx, buffer, size, 0) != size:
-        raise RuntimeError("llama.cpp cannot write the state of this cache; bench needs it")
-    return SequenceState.parse(bytes(buffer))
-
-
-def fill(llm: llama_cpp.Llama, state: SequenceState, n_cell: int, seed: int = 0) -> None:
-    """Makes the cache hold n_cell cells stretched from `state`, and llm.n_tokens say so."""
-    import llama_cpp
-
-    if n_cell >= llm.n_ctx():
-        raise ValueError(f"a depth of {n_cell} does not fit a context of {llm.n_ctx()}")
-    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), -1, -1, -1)
-    if n_cell > 0:
-        blob = state.stretch(n_cell, seed)
-        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if llama_cpp.llama_state_seq_set_data(llm.ctx, pointer, blob.size, 0) == 0:
-            raise RuntimeError(f"llama.cpp refused a state of {n_cell} cells: not enough memory?")
-    llm.input_ids[:n_cell] = 0
-    llm.n_tokens = n_cell
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -190,6 +49,7 @@ class Settings:
     n_gen: int = 32
     repetitions: int = 5
     n_fc: int | None = None
+    index_bits: int | None = None
     min_ctx: int | None = None
     profile: Path | None = None
     command: str = ""
@@ -201,9 +61,6 @@ class Settings:
             raise ValueError(f"depths are {self.depths}; give one or more, none negative")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"budgets are {self.budgets}; give one or more, all at least 1")
-        unknown = {self.type_k, self.type_v} - set(TYPES)
-        if unknown:
-            raise ValueError(f"K/V type {', '.join(unknown)}; FASA has kernels for f16 and q8_0")
 
 
 @dataclass(frozen=True)
@@ -252,6 +109,7 @@ def bench(settings: Settings, progress: Callable[[str], None] = lambda _: None) 
         profile=settings.profile,
         budget=settings.budgets[0],
         n_fc=settings.n_fc,
+        index_bits=settings.index_bits,
         min_ctx=settings.min_ctx,
         verbose=False,
     )
@@ -327,6 +185,7 @@ def row(
         "attention": "fasa" if sparse else "dense",
         "budget": budget,
         "n_fc": n_fc if sparse else None,
+        "index_bits": settings.index_bits if sparse else None,
         "n_prompt": 0,
         "n_gen": settings.n_gen,
         "n_depth": depth,
@@ -360,7 +219,11 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """llama-bench's table with the ratio to dense; below it the stages in us per token."""
-    dense = {r["n_depth"]: r["avg_ts"] for r in rows if r["attention"] == "dense"}
+
+    def of_run(r: Row) -> tuple[Any, ...]:
+        return r["type_k"], r["type_v"], r["n_depth"]
+
+    dense = {of_run(r): r["avg_ts"] for r in rows if r["attention"] == "dense"}
     speed = [
         {
             "model": r["model_type"],
@@ -371,7 +234,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
             "budget": "" if r["budget"] is None else str(r["budget"]),
             "test": f"tg{r['n_gen']} @ d{r['n_depth']}",
             "t/s": f"{r['avg_ts']:.2f} \u00b1 {r['stddev_ts']:.2f}",
-            "ratio": f"{r['avg_ts'] / dense[r['n_depth']]:.2f}",
+            "ratio": f"{r['avg_ts'] / dense[of_run(r)]:.2f}",
         }
         for r in rows
     ]
@@ -379,6 +242,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     stages = [
         {
             "us per token @ depth": f"d{r['n_depth']}",
+            **{name: r[name] for name in ("type_k", "type_v")},
             "budget": str(r["budget"]),
             **{stage: f"{r[f'{stage}_ns'] / 1e3:.0f}" for stage in (*STAGES, "rest")},
             "total": f"{r['avg_ns'] / r['n_gen'] / 1e3:.0f}",

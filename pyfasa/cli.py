@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +29,16 @@ app = typer.Typer(
 )
 
 
-class KvType(str, Enum):
+class KvType(str, Enum):  # as in native.KV_TYPES, which takes a second to import
+    f32 = "f32"
     f16 = "f16"
+    bf16 = "bf16"
     q8_0 = "q8_0"
+    q4_0 = "q4_0"
+    q4_1 = "q4_1"
+    q5_0 = "q5_0"
+    q5_1 = "q5_1"
+    iq4_nl = "iq4_nl"
 
 
 class Output(str, Enum):
@@ -282,14 +290,29 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1024,8192") from None
 
 
+def _types(text: str) -> tuple[str, ...]:
+    """`f16,q8_0` -> ("f16", "q8_0"); `all` -> every type."""
+    names = [kind.value for kind in KvType]
+    found = names if text == "all" else text.split(",")
+    if unknown := set(found) - set(names):
+        raise typer.BadParameter(
+            f"{', '.join(unknown)} is no K/V type; give {', '.join(names)}, or all"
+        )
+    return tuple(found)
+
+
 @app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="A GGUF model.")],
     depth: Annotated[
         str, typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens in the cache.")
     ] = "8192",
-    type_k: TypeK = KvType.f16,
-    type_v: TypeV = KvType.f16,
+    type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="T,..", help="Types of the K cache.")
+    ] = "f16",
+    type_v: Annotated[
+        str, typer.Option("-ctv", "--cache-type-v", metavar="T,..", help="Types of the V cache.")
+    ] = "f16",
     threads: Threads = None,
     n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to decode.")] = 32,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Repetitions.")] = 5,
@@ -298,6 +321,9 @@ def bench(
         str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
     ] = "1024",
     n_fc: Chunks = None,
+    index_bits: Annotated[
+        int | None, typer.Option("--index-bits", help="2, 4 or 8 bits per scored dim.")
+    ] = None,
     min_ctx: MinCtx = None,
     profile: ProfileFile = None,
 ) -> None:
@@ -309,18 +335,22 @@ def bench(
         model=model,
         depths=_numbers(depth),
         budgets=_numbers(budget),
-        type_k=type_k.value,
-        type_v=type_v.value,
         n_threads=threads or cpu().cores,
         n_gen=n_gen,
         repetitions=repetitions,
         n_fc=n_fc,
+        index_bits=index_bits,
         min_ctx=min_ctx,
         profile=profile,
         command=shlex.join(["pyfasa", *sys.argv[1:]]),
     )
     with console.stderr().status("loading") as status:
-        rows = list(benchmark.bench(settings, status.update))
+        rows = [
+            row
+            for k in _types(type_k)
+            for v in _types(type_v)
+            for row in benchmark.bench(replace(settings, type_k=k, type_v=v), status.update)
+        ]
     typer.echo(benchmark.FORMATS[output.value](rows))
 
 
