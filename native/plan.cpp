@@ -190,11 +190,11 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (!mask_is_readable(node)) {
         return FASA_REASON_MASK;
     }
-    if (config.capture != 0) {
-        return FASA_REASON_CAPTURE;
-    }
     if (sliding) {
         return FASA_REASON_SWA;
+    }
+    if (config.capture != 0) {
+        return FASA_REASON_CAPTURE;
     }
     if (profile == nullptr || out->layer < 0 || out->layer >= profile->n_layer ||
         (*context.layouts)[out->layer].empty()) {

@@ -42,7 +42,10 @@ ONE_HEAD = [
     Shape("qwen2", n_head=1, n_head_kv=1, n_layer=1),
     Shape("stablelm", n_head=1, n_head_kv=1, n_layer=1, n_rot=32),
 ]
-KV_TYPES = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16"), ("f16", "q8_0")]
+SAME_TYPES = [(name, name) for name in native.KV_TYPES]
+MIXED_TYPES = [
+    ("q8_0", "f16"), ("f16", "q8_0"), ("q5_1", "iq4_nl"), ("f32", "q4_0"), ("bf16", "q5_0"),
+]  # fmt: skip
 N_PROMPT = 500
 TOKENS = random_tokens(N_PROMPT + 12)
 PROMPT, REST = TOKENS[:N_PROMPT], TOKENS[N_PROMPT:]
@@ -67,7 +70,11 @@ def ids(types: tuple[str, str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("shape", "types"),
-    [(shape, types) for shape in SHAPES for types in KV_TYPES[: 4 if shape == NORM else 2]],
+    [
+        (shape, types)
+        for shape in SHAPES
+        for types in (SAME_TYPES + MIXED_TYPES if shape == NORM else SAME_TYPES[1:4])
+    ],
     ids=str,
 )
 def test_everything_attended_is_dense(shape: Shape, types: tuple[str, str], model: Models) -> None:

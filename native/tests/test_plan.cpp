@@ -132,6 +132,10 @@ std::vector<Row> rows() {
         r.config.capture = 1;
     });
     add("sliding window", FASA_REASON_SWA, [](Row & r) { r.sliding = true; });
+    add("sliding window while capturing", FASA_REASON_SWA, [](Row & r) {
+        r.sliding        = true;
+        r.config.capture = 1;
+    });
     add("sliding window without a profile", FASA_REASON_SWA, [](Row & r) {
         r.sliding = true;
         r.profile = false;
