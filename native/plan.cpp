@@ -63,23 +63,6 @@ int64_t first_stream(const ggml_tensor * k, const ggml_tensor * root) {
     return first + k->ne[3] <= root->ne[2] ? first : -1;
 }
 
-void find_forced(int32_t sinks, int32_t recent, Visible * v) {
-    const auto    seen   = [&](int64_t c) { return (v->words[c / 64] >> (c % 64) & 1u) != 0; };
-    const int64_t n_cell = v->n_block * FASA_BLOCK_CELLS;
-    for (int64_t c = 0; c < n_cell && sinks > 0; ++c) {
-        if (seen(c)) {
-            v->forced.push_back(static_cast<int32_t>(c));
-            --sinks;
-        }
-    }
-    for (int64_t c = n_cell - 1; c >= 0 && recent > 0; --c) {
-        if (seen(c)) {
-            v->forced.push_back(static_cast<int32_t>(c));
-            --recent;
-        }
-    }
-}
-
 } // namespace
 
 bool mask_is_readable(const ggml_tensor * node) {
@@ -90,13 +73,7 @@ bool mask_is_readable(const ggml_tensor * node) {
            mask->ne[3] == q->ne[3] && mask->nb[0] == sizeof(uint16_t) && on_host(mask);
 }
 
-void MaskCache::begin(const fasa_config & config) {
-    rows_.clear();
-    sinks_  = config.sinks;
-    recent_ = config.recent;
-}
-
-const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t row) {
+Visible & MaskCache::read(const ggml_tensor * mask, int64_t stream, int64_t row) {
     const char * at    = static_cast<const char *>(mask->data) + stream * mask->nb[3] + row * mask->nb[1];
     const auto * p     = reinterpret_cast<const uint16_t *>(at);
     auto &       entry = rows_[p];
@@ -114,9 +91,22 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t
             entry->n_cell += __builtin_popcountll(word);
             entry->n_block = word != 0 ? b + 1 : entry->n_block;
         }
-        find_forced(sinks_, recent_, entry.get());
     }
     return *entry;
+}
+
+const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t row, const fasa_config & config,
+                               const WriteOrder & order, int64_t cache_stream) {
+    Visible & v = read(mask, stream, row);
+    if (v.forced.empty()) {
+        const auto seen = [&](int32_t c) {
+            return c / FASA_BLOCK_CELLS < v.n_block &&
+                   (v.words[c / FASA_BLOCK_CELLS] >> (c % FASA_BLOCK_CELLS) & 1u) != 0;
+        };
+        order.first(cache_stream, config.sinks, seen, &v.forced);
+        order.last(cache_stream, config.recent, seen, &v.forced);
+    }
+    return v;
 }
 
 const ggml_tensor * before_cast(const ggml_tensor * t) {
@@ -181,6 +171,9 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (!on_host(k) || !on_host(v)) {
         return FASA_REASON_KV_MEMORY;
     }
+    if (context.order == nullptr) {
+        return FASA_REASON_NO_CACHE;
+    }
     const int32_t group = out->n_head_kv > 0 ? out->n_head / out->n_head_kv : 0;
     const bool    heads = group > 0 && group <= FASA_MAX_GROUP && out->n_head == group * out->n_head_kv &&
                           v->ne[2] == k->ne[2] && v->ne[1] >= n_kv && v->ne[0] == node->ne[0];
@@ -208,8 +201,9 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     for (int64_t stream = 0; stream < n_stream; ++stream) {
         out->n_block.push_back(0);
         for (int64_t row = 0; row < n_rows; ++row) {
-            const Visible & visible    = context.masks->row(node->src[3], stream, row);
-            const bool      attend_all = visible.n_cell < at_least;
+            const Visible & visible =
+                context.masks->row(node->src[3], stream, row, config, *context.order, out->first_stream + stream);
+            const bool attend_all = visible.n_cell < at_least;
             out->rows.push_back({stream, row, &visible, attend_all});
             if (!attend_all) {
                 sparse              = true;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "profile.h"
+#include "write_order.h"
 
 namespace fasa {
 
@@ -16,18 +17,22 @@ struct Visible {
     std::vector<uint64_t> words; // [ceil(n_kv / 64)]
     int64_t               n_cell  = 0;
     int64_t               n_block = 0; // blocks up to the last visible cell: later ones need no work
-    std::vector<int32_t>  forced;      // its first `sinks` and last `recent` cells, selected whatever they score
+    std::vector<int32_t>  forced;      // its first `sinks` and last `recent` tokens, selected whatever they score
 };
 
 // All layers of a graph share a mask: each row is read once per graph.
 class MaskCache {
   public:
-    void            begin(const fasa_config & config);
-    const Visible & row(const ggml_tensor * mask, int64_t stream, int64_t row);
+    void clear() { rows_.clear(); }
+
+    // With `forced` filled in; cache_stream is the stream's number in the cache.
+    const Visible & row(const ggml_tensor * mask, int64_t stream, int64_t row, const fasa_config & config,
+                        const WriteOrder & order, int64_t cache_stream);
 
   private:
+    Visible & read(const ggml_tensor * mask, int64_t stream, int64_t row);
+
     std::unordered_map<const void *, std::unique_ptr<Visible>> rows_; // by address of the mask row
-    int32_t                                                    sinks_ = 0, recent_ = 0;
 };
 
 struct Row {
@@ -54,6 +59,7 @@ struct PlanContext {
     const Profile::Layouts * layouts;
     const fasa_config *      config;
     MaskCache *              masks;
+    const WriteOrder *       order; // of the cache that the node views; nullptr: not followed
 };
 
 // llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.

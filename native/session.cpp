@@ -19,6 +19,16 @@ bool is_view_op(const ggml_tensor * t) {
            t->op == GGML_OP_TRANSPOSE;
 }
 
+// The cells that a SET_ROWS node writes, i64 [n]; nullptr for other nodes, and where they are not known before the
+// graph runs: they must be an input in host memory.
+const ggml_tensor * row_numbers(const ggml_tensor * node) {
+    const ggml_tensor * rows  = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
+    const bool          known = rows != nullptr && node->view_offs == 0 && rows->type == GGML_TYPE_I64 &&
+                                rows->op == GGML_OP_NONE && rows->data != nullptr &&
+                                (rows->buffer == nullptr || ggml_backend_buffer_is_host(rows->buffer));
+    return known ? rows : nullptr;
+}
+
 } // namespace
 
 void check_config(const fasa_config & c) {
@@ -131,7 +141,7 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
 
 // Everything that must be known before the graph runs: which nodes are replaced and which cells of K are rewritten.
 void Session::scan(ggml_cgraph * graph) {
-    masks_.begin(config_);
+    masks_.clear();
     windows_.learn(graph);
     const int             n_nodes = ggml_graph_n_nodes(graph);
     ggml_tensor * const * nodes   = ggml_graph_nodes(graph);
@@ -149,18 +159,15 @@ void Session::scan(ggml_cgraph * graph) {
 }
 
 fasa_reason Session::prepare(ggml_tensor * node) {
-    NodeWork w{};
-    int32_t  of_layer = 0;
-    cache_root(before_cast(node->src[1]), &of_layer);
-    const PlanContext   context = {profile_.get(), layouts_.get(), &config_, &masks_};
-    const fasa_reason   reason  = plan(node, context, windows_.contains(of_layer), &w.plan);
-    const ggml_tensor * k_root  = w.plan.k_root;
-    // K of another device has no address here.
-    if (k_root == nullptr || k_root->buffer == nullptr || !ggml_backend_buffer_is_host(k_root->buffer)) {
+    NodeWork            w{};
+    int32_t             of_layer = 0;
+    const ggml_tensor * root     = cache_root(before_cast(node->src[1]), &of_layer);
+    const PlanContext   context  = {profile_.get(), layouts_.get(), &config_, &masks_,
+                                    root != nullptr ? order_of(root) : nullptr};
+    const fasa_reason   reason   = plan(node, context, windows_.contains(of_layer), &w.plan);
+    const ggml_tensor * k_root   = w.plan.k_root;
+    if (context.order == nullptr) { // K of another device has no address here
         return reason;
-    }
-    if (!watch_buffer(k_root->buffer, this)) {
-        return FASA_REASON_NO_CACHE;
     }
     const ggml_tensor * k     = w.plan.k;
     const ggml_tensor * v     = w.plan.v;
@@ -215,9 +222,21 @@ fasa_reason Session::prepare_index(const Plan & plan, Layer & layer) {
 // A node that writes into the K cache of an indexed layer. Marks made now are seen by the attention node of the same
 // graph; a write that comes after that node is marked again when the graph is done.
 void Session::note_write(const ggml_tensor * node) {
+    int32_t             layer = 0;
+    const ggml_tensor * root  = cache_root(node, &layer);
+    if (root == nullptr) {
+        return;
+    }
+    const ggml_tensor * rows  = row_numbers(node);
+    WriteOrder *        order = order_of(root);
+    if (order != nullptr && order->root() == root && rows != nullptr) {
+        for (int64_t i = 0; i < rows->ne[0]; ++i) {
+            order->cell_written(static_cast<const int64_t *>(rows->data)[i]);
+        }
+    }
     for (auto & entry : layers_) {
         SideIndex * index = entry.second.index.get();
-        if (index == nullptr || index->root() != node->view_src) {
+        if (index == nullptr || index->root() != root) {
             continue;
         }
         mark(*index, node);
@@ -231,17 +250,23 @@ void Session::note_write(const ggml_tensor * node) {
 }
 
 void Session::mark(SideIndex & index, const ggml_tensor * node) {
-    const ggml_tensor * rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
-    // Row numbers are known before the graph runs only when they are an input in host memory.
-    if (rows == nullptr || node->view_offs != 0 || rows->type != GGML_TYPE_I64 || rows->op != GGML_OP_NONE ||
-        rows->data == nullptr || (rows->buffer != nullptr && !ggml_backend_buffer_is_host(rows->buffer))) {
+    const ggml_tensor * rows = row_numbers(node);
+    if (rows == nullptr) {
         index.mark_all();
         return;
     }
-    const auto * cells = static_cast<const int64_t *>(rows->data);
     for (int64_t i = 0; i < rows->ne[0]; ++i) {
-        index.mark_cell(cells[i]);
+        index.mark_cell(static_cast<const int64_t *>(rows->data)[i]);
     }
+}
+
+// nullptr when the cache is not in host memory, or another session follows it.
+WriteOrder * Session::order_of(const ggml_tensor * k_root) {
+    const ggml_backend_buffer_t buffer = k_root->buffer;
+    if (buffer == nullptr || !ggml_backend_buffer_is_host(buffer) || !watch_buffer(buffer, this)) {
+        return nullptr;
+    }
+    return &orders_.try_emplace(buffer, k_root).first->second;
 }
 
 void Session::reserve_scratch() {
@@ -348,10 +373,14 @@ void Session::bytes_written(const void * first, size_t size) {
             counters_.stale_events += entry.second.index->mark_bytes(first, size) ? 1 : 0;
         }
     }
+    for (auto & order : orders_) {
+        order.second.bytes_written(first, size);
+    }
 }
 
 void Session::buffer_freed(ggml_backend_buffer_t buffer) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    orders_.erase(buffer);
     for (auto it = layers_.begin(); it != layers_.end();) {
         it = it->second.buffer == buffer ? layers_.erase(it) : std::next(it);
     }

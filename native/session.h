@@ -58,32 +58,34 @@ class Session {
         const ggml_tensor * node;
     };
 
-    void        scan(ggml_cgraph * graph);
-    fasa_reason prepare(ggml_tensor * node);
-    fasa_reason prepare_index(const Plan & plan, Layer & layer);
-    void        note_write(const ggml_tensor * node);
-    static void mark(SideIndex & index, const ggml_tensor * node);
-    void        reserve_scratch();
-    void        complete_work();
-    void        find_idle_casts(ggml_cgraph * graph);
-    void        replace();
-    void        save(ggml_tensor * node);
-    void        refuse_while_running(const char * what) const;
-    void        restore();
+    void         scan(ggml_cgraph * graph);
+    fasa_reason  prepare(ggml_tensor * node);
+    fasa_reason  prepare_index(const Plan & plan, Layer & layer);
+    void         note_write(const ggml_tensor * node);
+    WriteOrder * order_of(const ggml_tensor * k_root);
+    static void  mark(SideIndex & index, const ggml_tensor * node);
+    void         reserve_scratch();
+    void         complete_work();
+    void         find_idle_casts(ggml_cgraph * graph);
+    void         replace();
+    void         save(ggml_tensor * node);
+    void         refuse_while_running(const char * what) const;
+    void         restore();
 
     // Recursive: an abort callback runs inside compute() and may read the counters.
-    mutable std::recursive_mutex            mutex_;
-    bool                                    running_ = false;
-    std::unique_ptr<Profile>                profile_;
-    std::shared_ptr<const Profile::Layouts> layouts_;
-    fasa_config                             config_  = {};
-    const Kernels *                         kernels_ = nullptr;
-    std::map<int32_t, Layer>                layers_; // by layer number
-    std::map<int32_t, Captured>             captured_;
-    SlidingWindows                          windows_;
-    fasa_counters                           counters_ = {};
-    fasa_timings                            timings_  = {};
-    std::atomic<int64_t>                    n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
+    mutable std::recursive_mutex                mutex_;
+    bool                                        running_ = false;
+    std::unique_ptr<Profile>                    profile_;
+    std::shared_ptr<const Profile::Layouts>     layouts_;
+    fasa_config                                 config_  = {};
+    const Kernels *                             kernels_ = nullptr;
+    std::map<int32_t, Layer>                    layers_; // by layer number
+    std::map<int32_t, Captured>                 captured_;
+    SlidingWindows                              windows_;
+    std::map<ggml_backend_buffer_t, WriteOrder> orders_; // by the buffer that holds a cache's layers
+    fasa_counters                               counters_ = {};
+    fasa_timings                                timings_  = {};
+    std::atomic<int64_t> n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
 
     // of the graph that is running
     MaskCache                  masks_;

@@ -79,6 +79,11 @@ Node make_node(const NodeSpec & s) {
     return {std::move(ctx), node};
 }
 
+fasa::WriteOrder order_of(const ggml_tensor * node) {
+    const ggml_tensor * k = fasa::before_cast(node->src[1]);
+    return fasa::WriteOrder(k->view_src != nullptr ? k->view_src : k);
+}
+
 struct Row {
     const char * what;
     fasa_reason  reason;
@@ -87,6 +92,7 @@ struct Row {
     bool         profile    = true;
     bool         empty_rows = false; // the profile keeps no chunk for layer 0
     bool         sliding    = false;
+    bool         followed   = true;
 };
 
 std::vector<Row> rows() {
@@ -146,6 +152,7 @@ std::vector<Row> rows() {
     for (const char * name : {"k", "cache_k_l", "cache_k_l0 (view)", "cache_v_l0", "xcache_k_l0", "cache_k_l0x"}) {
         add(name, FASA_REASON_NO_CACHE, [&](Row & r) { r.node.k_name = name; });
     }
+    add("a cache that another session follows", FASA_REASON_NO_CACHE, [](Row & r) { r.followed = false; });
     add("ALiBi", FASA_REASON_ALIBI, [](Row & r) { r.node.max_bias = 8.0f; });
     add("n_kv_max", FASA_REASON_N_KV_MAX, [](Row & r) { r.node.n_kv_max = 64; });
 
@@ -221,15 +228,16 @@ TEST(plan_gives_the_reason_of_every_row) {
         if (row.empty_rows) {
             std::fill(source.bits.begin(), source.bits.begin() + 32, 0); // one head is enough
         }
-        const fasa::Profile profile(source.view);
-        const auto          layouts = profile.layouts(0, 0);
-        const Node          node    = make_node(row.node);
-        fasa::MaskCache     masks;
-        fasa::Plan          out{};
-        masks.begin(row.config);
-        const fasa_reason reason = fasa::plan(
-            node.node, {row.profile ? &profile : nullptr, row.profile ? layouts.get() : nullptr, &row.config, &masks},
-            row.sliding, &out);
+        const fasa::Profile    profile(source.view);
+        const auto             layouts = profile.layouts(0, 0);
+        const Node             node    = make_node(row.node);
+        fasa::MaskCache        masks;
+        fasa::Plan             out{};
+        const fasa::WriteOrder order = order_of(node.node);
+        const fasa_reason reason = fasa::plan(node.node,
+                                              {row.profile ? &profile : nullptr, row.profile ? layouts.get() : nullptr,
+                                               &row.config, &masks, row.followed ? &order : nullptr},
+                                              row.sliding, &out);
         if (reason != row.reason) {
             fail_check(__FILE__, __LINE__,
                        std::string("plan says ") + fasa_reason_name(reason) + ", expected " +
@@ -284,9 +292,8 @@ TEST(visible_bits_are_those_of_the_mask) {
                 ++n_visible;
             }
         }
-        fasa::MaskCache masks;
-        masks.begin(config_of(16));
-        const fasa::Visible & v = masks.row(node.node->src[3], 0, 0);
+        fasa::MaskCache       masks;
+        const fasa::Visible & v = masks.row(node.node->src[3], 0, 0, config_of(16), order_of(node.node), 0);
         CHECK_EQUAL(v.words.size(), (n_kv + 63) / 64);
         CHECK_EQUAL(v.n_cell, n_visible);
         CHECK_EQUAL(v.n_block, last / 64 + (last >= 0 ? 1 : 0));
@@ -314,14 +321,15 @@ TEST(rows_shorter_than_min_ctx_attend_to_all_they_see) {
     const AllChunks     source{Shape()};
     const fasa::Profile profile(source.view);
     const auto          layouts = profile.layouts(0, 0);
+    const auto          order   = order_of(node.node);
     const auto          planned = [&](int32_t min_ctx, fasa::Plan * out) {
         fasa_config config = config_of(4);
         config.min_ctx     = min_ctx;
         config.sinks       = 2;
         config.recent      = 1;
         static fasa::MaskCache masks;
-        masks.begin(config);
-        return fasa::plan(node.node, {&profile, layouts.get(), &config, &masks}, false, out);
+        masks.clear();
+        return fasa::plan(node.node, {&profile, layouts.get(), &config, &masks, &order}, false, out);
     };
     fasa::Plan out{};
     CHECK_EQUAL(planned(65, &out), FASA_REASON_SPARSE);
@@ -338,4 +346,38 @@ TEST(rows_shorter_than_min_ctx_attend_to_all_they_see) {
     CHECK_EQUAL(out.rows[1].visible->forced[2], 129);
     fasa::Plan none{};
     CHECK_EQUAL(planned(131, &none), FASA_REASON_SHORT_CONTEXT);
+}
+
+TEST(the_order_of_writing_tells_first_and_last) {
+    ggml_tensor root = {};
+    root.ne[1]       = 10;
+    root.ne[2]       = 2;
+    root.nb[1]       = 4;
+    int32_t data[20];
+    root.data = data;
+    fasa::WriteOrder order(&root);
+    const auto       asked = [&](int64_t stream, int32_t n, bool first) {
+        std::vector<int32_t> cells;
+        const auto           even = [](int32_t c) { return c % 2 == 0; };
+        first ? order.first(stream, n, even, &cells) : order.last(stream, n, even, &cells);
+        return cells;
+    };
+    using Cells = std::vector<int32_t>;
+    CHECK(asked(0, 2, true) == Cells({0, 2})); // nothing known: as they lie
+    CHECK(asked(1, 3, false) == Cells({8, 6, 4}));
+    for (const int64_t cell : {0, 7, 2, 14, -1, 20}) { // 14 is cell 4 of the other stream
+        order.cell_written(cell);
+    }
+    CHECK(asked(0, 9, true) == Cells({4, 6, 8, 0, 2}));
+    CHECK(asked(0, 3, false) == Cells({2, 0, 8}));
+    CHECK(asked(1, 2, false) == Cells({4, 8}));
+    order.bytes_written(data + 4, 3 * sizeof(int32_t)); // cells 4, 5, 6: a state is loaded
+    CHECK(asked(0, 9, true) == Cells({8, 0, 2, 4, 6}));
+    for (int i = 0; i < 1000; ++i) { // old entries are forgotten on the way
+        order.cell_written(i % 3 * 2);
+    }
+    CHECK(asked(0, 9, true) == Cells({8, 6, 2, 4, 0}));
+    int32_t elsewhere;
+    order.bytes_written(&elsewhere, sizeof(elsewhere));
+    CHECK(asked(0, 9, true) == Cells({8, 6, 2, 4, 0}));
 }

@@ -51,13 +51,14 @@ int32_t rotation_of(const Row & row) {
 
     Shape shape;
     shape.head_dim = row.head_dim;
-    const AllChunks     source(shape);
-    const fasa::Profile profile(source.view);
-    const auto          layouts = profile.layouts(0, 0);
-    const fasa_config   config  = config_of(4);
-    fasa::MaskCache     masks;
-    fasa::Plan          out{};
-    CHECK_EQUAL(fasa::plan(node, {&profile, layouts.get(), &config, &masks}, false, &out), FASA_REASON_SPARSE);
+    const AllChunks        source(shape);
+    const fasa::Profile    profile(source.view);
+    const auto             layouts = profile.layouts(0, 0);
+    const fasa_config      config  = config_of(4);
+    fasa::MaskCache        masks;
+    fasa::Plan             out{};
+    const fasa::WriteOrder order(node->src[1]->view_src);
+    CHECK_EQUAL(fasa::plan(node, {&profile, layouts.get(), &config, &masks, &order}, false, &out), FASA_REASON_SPARSE);
     return out.rotation;
 }
 
