@@ -1,10 +1,18 @@
-"""Shared fixtures: the bundled model, and no surprise from the environment."""
+"""Shared fixtures: the bundled model, a random one, and no surprise from the environment.
+
+Imports stand inside, so that tests that need no compiled core run without it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pyfasa import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +33,58 @@ def plain_model_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.mktemp("plain") / tiny_model_path.name
     remove(tiny_model_path, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model for tests to which its shape does not matter; a file may have its own instead."""
+    from support import write_model
+
+    return write_model(tmp_path_factory.mktemp("model") / "random.gguf")
+
+
+@pytest.fixture(scope="session")
+def profile(path: Path) -> Profile:
+    """A profile of the random model."""
+    from support import random_profile
+
+    return random_profile(path)
+
+
+@pytest.fixture(scope="session")
+def other_profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A profile of another model."""
+    from support import NEOX_PARTIAL, random_profile, write_model
+
+    folder = tmp_path_factory.mktemp("other")
+    return random_profile(write_model(folder / "other.gguf", NEOX_PARTIAL, seed=7))
+
+
+@pytest.fixture
+def copied(path: Path, tmp_path: Path) -> Path:
+    """The random model alone in a folder, for files beside it."""
+    target = tmp_path / "copy.gguf"
+    target.write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.fixture
+def llm(path: Path, profile: Profile) -> Iterator[Any]:
+    """The random model, sparse from the first token on."""
+    from support import opened
+
+    with opened(path, profile=profile, budget=64, min_ctx=0) as opened_llm:
+        yield opened_llm
+
+
+@pytest.fixture
+def tiny(tiny_model_path: Path) -> Iterator[Any]:
+    """The bundled model, sparse from the first token on: 48 cells of a context of 512, verified."""
+    from support import verified
+    from upstream import SPARSE
+
+    with verified(tiny_model_path, **SPARSE) as opened_llm:
+        yield opened_llm
 
 
 @pytest.fixture(autouse=True)

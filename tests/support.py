@@ -207,6 +207,18 @@ def opened_plain(path: Path, **arguments: Any) -> Iterator[Any]:
         llm.close()
 
 
+@contextmanager
+def verified(path: Path, **arguments: Any) -> Iterator[Any]:
+    """A pyfasa.Llama that has to be sparse, and compares its index with the K cache before every use."""
+    with opened(path, **arguments) as llm:
+        llm.fasa.verify = True
+        yield llm
+        counters = llm.fasa.counters
+        assert counters.nodes["sparse"] > 0
+        assert counters.cells_verified > 0
+        assert counters.verify_failures == 0
+
+
 def logits(llm: llama_cpp.Llama) -> F32:
     """Logits of the last evaluated token: (n_vocab,)."""
     pointer = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
