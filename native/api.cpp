@@ -176,8 +176,9 @@ fasa_status fasa_session_captured_clear(fasa_session * session) {
     return guarded([&] { session->session.captured_clear(); });
 }
 
-fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64_t c0, int64_t c1, float * out) {
-    return guarded([&] { session->session.keys(layer, c0, c1, out); });
+fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64_t c0, int64_t c1, int32_t * head_dim,
+                              int32_t * n_head_kv, float * out) {
+    return guarded([&] { session->session.keys(layer, c0, c1, head_dim, n_head_kv, out); });
 }
 
 void fasa_session_free(fasa_session * session) {

@@ -166,7 +166,8 @@ const char * fasa_reason_text(int32_t reason); /* a sentence */
 
 /* ---- profile and configuration ------------------------------------------------------------------------- */
 
-/* chunks u16  [n_ranked, n_head_kv, n_layer]  ranked best first; n_fc can be lowered at run time
+/* Layers may have fewer KV heads than n_head_kv: the rows of the others are not used.
+ * chunks u16  [n_ranked, n_head_kv, n_layer]  ranked best first; n_fc can be lowered at run time
  * bits   u8   [n_ranked, n_head_kv, n_layer]  2, 4 or 8; 0: this and all later ranks are unused
  * center f32  [head_dim, n_head_kv, n_layer]  or NULL
  * scale  f32  [head_dim, n_head_kv, n_layer]  or NULL */
@@ -190,8 +191,8 @@ typedef struct fasa_config {
     int32_t bits;     /* 2, 4 or 8 for all chunks in use; 0: those of the profile */
     int32_t min_ctx;  /* visible cells of its longest row below which a node stays dense */
     int32_t max_rows; /* query rows per stream above which a node is prefill; 1..64 */
-    int32_t sinks;    /* first visible cells, always selected */
-    int32_t recent;   /* last visible cells, always selected; sinks + recent <= budget */
+    int32_t sinks;    /* first visible cells in the order of writing, always selected */
+    int32_t recent;   /* last ones, likewise; sinks + recent <= budget */
     int32_t verify;   /* recompute the index before each use and compare */
     int32_t capture;  /* keep the queries of each node, see fasa_session_captured */
     int32_t isa;      /* fasa_isa; AUTO in production */
@@ -263,8 +264,9 @@ fasa_status fasa_session_captured(const fasa_session * session, int32_t layer, i
 fasa_status fasa_session_captured_clear(fasa_session * session);
 
 /* Keys of cells c0 <= c < c1 of a layer that has computed a node, dequantized, in the RoPE basis.
- * out f32 [head_dim, n_head_kv, c1 - c0] */
-fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64_t c0, int64_t c1, float * out);
+ * out f32 [head_dim, n_head_kv, c1 - c0]; NULL asks for the sizes only. */
+fasa_status fasa_session_keys(const fasa_session * session, int32_t layer, int64_t c0, int64_t c1, int32_t * head_dim,
+                              int32_t * n_head_kv, float * out);
 
 /* Undecorates what is left of it and frees it. Safe before or after the llama_context is freed. */
 void fasa_session_free(fasa_session * session);

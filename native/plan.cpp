@@ -193,7 +193,7 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
         (*context.layouts)[out->layer].empty()) {
         return FASA_REASON_NO_PROFILE;
     }
-    if (out->n_head_kv != profile->n_head_kv || k->ne[0] != profile->head_dim) {
+    if (out->n_head_kv > profile->n_head_kv || k->ne[0] != profile->head_dim) {
         return FASA_REASON_SHAPE;
     }
     const int64_t at_least = std::max(config.min_ctx, 1);

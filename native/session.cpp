@@ -448,7 +448,7 @@ void Session::captured_clear() {
     captured_.clear();
 }
 
-void Session::keys(int32_t layer, int64_t c0, int64_t c1, float * out) const {
+void Session::keys(int32_t layer, int64_t c0, int64_t c1, int32_t * head_dim, int32_t * n_head_kv, float * out) const {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     const auto                                  it = layers_.find(layer);
     if (it == layers_.end()) {
@@ -464,7 +464,9 @@ void Session::keys(int32_t layer, int64_t c0, int64_t c1, float * out) const {
         fail(FASA_STATUS_ARGUMENT, "K of layer %d has type %d; that type has no kernel, so its keys cannot be read.",
              layer, l.kv.k_type);
     }
-    for (int64_t c = c0; c < c1; ++c) {
+    *head_dim  = l.kv.k_dim;
+    *n_head_kv = l.n_head_kv;
+    for (int64_t c = c0; out != nullptr && c < c1; ++c) {
         for (int32_t h = 0; h < l.n_head_kv; ++h) {
             float * key = out + ((c - c0) * l.n_head_kv + h) * l.kv.k_dim;
             kv_to_float(l.kv.k_type, static_cast<const char *>(l.kv.k) + c * l.kv.k_stride + h * l.head_bytes,

@@ -37,7 +37,7 @@ class Session {
     void          invalidate();
     void          captured(int32_t layer, int32_t * head_dim, int32_t * n_head, int64_t * n_rows, float * out) const;
     void          captured_clear();
-    void          keys(int32_t layer, int64_t c0, int64_t c1, float * out) const;
+    void keys(int32_t layer, int64_t c0, int64_t c1, int32_t * head_dim, int32_t * n_head_kv, float * out) const;
 
   private:
     struct Layer {

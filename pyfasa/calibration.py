@@ -171,18 +171,19 @@ def _add_sample(
         with llm.fasa.capturing() if wanted else nullcontext():
             llm.eval(tokens)
     yield
-    group = identity.n_head // identity.n_head_kv
     for layer in range(identity.n_layer):
         try:
             queries = session.captured(layer)
         except RuntimeError:  # a layer without a replaceable attention node
             yield
             continue
-        keys = session.keys(layer, identity.n_head_kv, identity.head_dim, 0, sample.n_tokens)
+        keys = session.keys(layer, 0, sample.n_tokens)
+        n_head_kv = keys.shape[1]  # of this layer; identity has the largest of all
+        group = queries.shape[1] // n_head_kv
         statistics.n_keys[layer] += len(keys)
-        statistics.sum[layer] += keys.sum(axis=0, dtype=np.float64)
-        statistics.square[layer] += np.square(keys, dtype=np.float64).sum(axis=0)
-        for h in range(identity.n_head_kv):
+        statistics.sum[layer, :n_head_kv] += keys.sum(axis=0, dtype=np.float64)
+        statistics.square[layer, :n_head_kv] += np.square(keys, dtype=np.float64).sum(axis=0)
+        for h in range(n_head_kv):
             own = queries[:, h * group : (h + 1) * group]
             statistics.importance[layer, h] += METHODS[method](
                 own, np.ascontiguousarray(keys[:, h]), dims

@@ -57,7 +57,7 @@ class Fasa:
     Settings take effect with the next decoded token: ``budget`` (cells attended per query head), ``n_fc`` (chunks
     scored; None: the profile's own number), ``index_bits`` (2, 4 or 8 for all chunks; None: the profile's own),
     ``min_ctx`` (visible cells below which a token is dense), ``max_rows`` (query rows up to which a batch is decoding),
-    ``sinks`` and ``recent`` (first and last visible cells, always attended), ``enabled``, ``verify`` (recompute the
+    ``sinks`` and ``recent`` (first and last visible tokens, always attended), ``enabled``, ``verify`` (recompute the
     side index before each use and compare; slow). A value out of range raises ValueError and changes nothing.
     """
 
@@ -186,7 +186,7 @@ class Fasa:
 
     @property
     def sinks(self) -> int:
-        """First visible cells, always attended."""
+        """First visible tokens, always attended."""
         return self._config.sinks
 
     @sinks.setter
@@ -195,7 +195,7 @@ class Fasa:
 
     @property
     def recent(self) -> int:
-        """Last visible cells, always attended."""
+        """Last visible tokens, always attended."""
         return self._config.recent
 
     @recent.setter

@@ -45,7 +45,7 @@ class Llama(llama_cpp.Llama):
     min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget.
     max_rows : query rows (tokens of one sequence, or of several in one cache) up to which a batch is decoding; above
         it is prefill and dense.
-    sinks, recent : first and last visible cells, always attended.
+    sinks, recent : first and last visible tokens, always attended.
     flash_attn : on by default; without it there is nothing to replace and decoding is dense.
     type_k, type_v : also by name, like "q8_0".
 

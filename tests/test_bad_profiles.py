@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pyfasa.errors import ProfileError
 from pyfasa.identity import NUMBER_TYPES, Value
-from pyfasa.profile import Profile
+from pyfasa.profile import Profile, _pack
 from test_profile import make_identity, make_profile
 
 
@@ -115,13 +116,38 @@ def test_a_key_that_is_missing_or_of_another_kind_is_named(key: str, tmp_path: P
         ("pyfasa.center", np.zeros(3, np.float32), "pyfasa.center has 3 values where 2 x 2 x 16"),
         ("pyfasa.scale", np.full(64, np.nan, np.float32), "scale .* is nan"),
         ("pyfasa.chunks", np.zeros(32, np.uint16), "same chunk twice"),
+        ("pyfasa.chunks", np.full(32, 8, np.uint16), "chunk 8; head_dim 16 has 0 to 7"),
+        ("pyfasa.chunks", GOOD.chunks.ravel() + 0.5, "chunks holds float64 values"),
+        ("pyfasa.bits", np.full(32, 3, np.uint8), "Layer 0, KV head 0 has 3 bits; 2, 4 and 8"),
+        ("pyfasa.bits", np.full(32, -4, np.int8), "bits holds -4 to -4; its values are 0 to 255"),
+        ("pyfasa.center", np.full(64, -np.inf, np.float32), "center .* is -inf"),
+        (
+            "pyfasa.scale",
+            np.zeros(64, np.float32),
+            "scale .* is 0.0; it must be finite and above 0",
+        ),
+        ("pyfasa.n_ranked", np.uint32(0), "pyfasa.chunks has 32 values where 2 x 2 x 0"),
+        ("pyfasa.n_ranked", np.int32(-8), "pyfasa.chunks has 32 values where 2 x 2 x -8"),
+        ("pyfasa.model.n_layer", np.uint32(3), "pyfasa.chunks has 32 values where 3 x 2 x 8"),
+        ("pyfasa.model.n_layer", np.uint32(0), "model.n_layer is 0; .* 1 to"),
         ("pyfasa.model.n_layer", np.uint64(2**60), "model.n_layer is 1152921504606846976"),
+        ("pyfasa.model.rope_freq_base", np.float64(np.nan), "model.rope_freq_base is nan"),
     ],
 )
 def test_a_wrong_value_is_named(key: str, value: Value, sentence: str, tmp_path: Path) -> None:
     path = write(tmp_path / "wrong.gguf", GOOD.to_fields() | {key: value})
     with pytest.raises(ProfileError, match=rf"wrong\.gguf: .*{sentence}"):
         Profile.load(path)
+
+
+@pytest.mark.parametrize("key", ["pyfasa.chunks", "pyfasa.bits", "pyfasa.center", "pyfasa.scale"])
+def test_an_empty_array_is_named(key: str, tmp_path: Path) -> None:
+    """gguf-py writes none, so this is pyfasa's own way of packing."""
+    pairs = GOOD.to_fields() | {key: np.asarray(GOOD.to_fields()[key])[:0]}
+    body = b"".join(_pack(name, value) for name, value in pairs.items())
+    (tmp_path / "p.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(pairs)) + body)
+    with pytest.raises(ProfileError, match=rf"p\.gguf: {key} has 0 values where 2 x 2 x (8|16)"):
+        Profile.load(tmp_path / "p.gguf")
 
 
 @pytest.mark.parametrize(

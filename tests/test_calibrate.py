@@ -179,7 +179,7 @@ def test_the_ranking_is_that_of_the_captured_queries_and_keys(path: Path, text: 
             llm.eval(tokens[-samples.QUERIES_OF_TEXT :])
         for layer in range(2):
             queries = session.captured(layer)
-            keys = session.keys(layer, 2, 64, 0, len(tokens))
+            keys = session.keys(layer, 0, len(tokens))
             for head in range(2):
                 own = np.ascontiguousarray(keys[:, head])
                 importance = ranking.variance(queries[:, 2 * head : 2 * head + 2], own, dims)
@@ -202,9 +202,9 @@ def test_capturing_does_not_change_what_the_model_says(path: Path) -> None:
         with pytest.raises(RuntimeError, match="Layer 1 has no captured queries"):
             session.captured(1)
         with pytest.raises(RuntimeError, match="Layer 9 has not computed attention"):
-            session.keys(9, 2, 64, 0, 10)
+            session.keys(9, 0, 10)
         with pytest.raises(ValueError, match="Cells 0 to 100000 are asked for"):
-            session.keys(1, 2, 64, 0, 100_000)
+            session.keys(1, 0, 100_000)
     assert nmse(found, wanted) < 5e-4
 
 
@@ -217,7 +217,7 @@ def test_keys_come_back_in_the_basis_of_rope(kv: str, path: Path) -> None:
         with opened(path, profile=False, type_k=name) as llm:
             with llm.fasa.capturing() as session:
                 llm.eval(tokens)
-            keys[name] = session.keys(0, 2, 64, 0, 64)
+            keys[name] = session.keys(0, 0, 64)
             queries[name] = session.captured(0)
     assert nmse(keys[kv], keys["f16"]) < 1e-4
     assert nmse(queries[kv], queries["f16"]) < 1e-6

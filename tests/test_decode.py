@@ -269,9 +269,7 @@ def captured(llm: Any, tokens: list[int], layer: int = 0) -> tuple[Any, Any]:
         session.captured_clear()
         llm.eval(tokens)
         queries = session.captured(layer)
-    model = llm.fasa.profile.identity
-    keys = session.keys(layer, model.n_head_kv, model.head_dim, 0, llm.n_tokens)
-    return queries, keys
+    return queries, session.keys(layer, 0, llm.n_tokens)
 
 
 def scores_of(profile: Profile, layer: int, head_kv: int, query: Any, keys: Any) -> Any:

@@ -78,11 +78,13 @@ def main() -> None:
                 llm.eval(tokens)
                 for layer in range(profile.identity.n_layer):
                     model = profile.identity
-                    keys = session.keys(layer, model.n_head_kv, model.head_dim, 0, llm.n_tokens)
+                    keys = session.keys(layer, 0, llm.n_tokens)
                     add_layer(shares, profile, layer, session.captured(layer), keys)
                 session.captured_clear()
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["bits", "n_fc", "budget", "bytes_per_cell", "n_heads_and_rows", "mass", "mass_worst_tenth"])
+    out.writerow(
+        ["bits", "n_fc", "budget", "bytes_per_cell", "n_heads_and_rows", "mass", "mass_worst_tenth"]
+    )
     for (bits, budget), found in sorted(shares.items()):
         bytes_per_cell = 2 + profile.n_fc * 2 * bits // 8 if bits else ""
         worst = np.quantile(found, 0.1)

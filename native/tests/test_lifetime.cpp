@@ -84,8 +84,9 @@ TEST(cache_freed_first_takes_its_index_along) {
         CHECK_EQUAL(counters_of(session).verify_failures, 0);
         decoder.free_cache();
         CHECK_EQUAL(counters_of(session).index_bytes, 0);
-        float key;
-        CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1, &key), FASA_STATUS_STATE);
+        float   key;
+        int32_t n;
+        CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1, &n, &n, &key), FASA_STATUS_STATE);
     }
 }
 

@@ -118,7 +118,10 @@ namespace {
 void check_keys(const Session & session, const Decoder & decoder, int64_t n) {
     const Shape &      s = decoder.shape();
     std::vector<float> keys(n * s.n_head_kv * s.head_dim), expected(keys.size());
-    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, n, keys.data()), FASA_STATUS_OK);
+    int32_t            dim, heads;
+    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, n, &dim, &heads, nullptr), FASA_STATUS_OK);
+    CHECK(dim == s.head_dim && heads == s.n_head_kv);
+    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, n, &dim, &heads, keys.data()), FASA_STATUS_OK);
     for (int64_t i = 0; i < n * s.n_head_kv; ++i) {
         const auto * row = static_cast<const char *>(decoder.k_cache()->data) +
                            i * static_cast<int64_t>(ggml_row_size(s.k_type, s.head_dim));
@@ -139,11 +142,12 @@ TEST(keys_come_back_in_the_rope_basis) {
     const Backend   backend = decorated_backend(session);
     Decoder         decoder(shape, backend);
     float           none;
-    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1, &none), FASA_STATUS_STATE);
+    int32_t         dim, heads;
+    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1, &dim, &heads, &none), FASA_STATUS_STATE);
     decoder.run(random_step(rng, shape, {0, 1, 2, 3, 4}, 5));
     check_keys(session, decoder, 5);
-    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1000, &none), FASA_STATUS_ARGUMENT);
-    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 3, 2, &none), FASA_STATUS_ARGUMENT);
+    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 0, 1000, &dim, &heads, &none), FASA_STATUS_ARGUMENT);
+    CHECK_EQUAL(fasa_session_keys(session.get(), 0, 3, 2, &dim, &heads, &none), FASA_STATUS_ARGUMENT);
 }
 
 TEST(keys_come_back_in_the_rope_basis_after_a_dense_node) {

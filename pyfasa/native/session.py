@@ -162,14 +162,13 @@ class Session:
         """Forgets the captured queries."""
         check(lib.fasa_session_captured_clear(self._live()))
 
-    def keys(self, layer: int, n_head_kv: int, head_dim: int, first: int, last: int) -> F32:
+    def keys(self, layer: int, first: int, last: int) -> F32:
         """Keys of cells first <= c < last of a layer in the RoPE basis: (last - first, n_head_kv, head_dim)."""
-        out = np.empty((max(0, last - first), n_head_kv, head_dim), np.float32)
-        check(
-            lib.fasa_session_keys(
-                self._live(), layer, first, last, pointer("float[]", out, np.float32)
-            )
-        )
+        dim, heads = ffi.new("int32_t *"), ffi.new("int32_t *")
+        arguments = (self._live(), layer, first, last, dim, heads)
+        check(lib.fasa_session_keys(*arguments, ffi.NULL))
+        out = np.empty((last - first, heads[0], dim[0]), np.float32)
+        check(lib.fasa_session_keys(*arguments, pointer("float[]", out, np.float32)))
         return out
 
 
