@@ -190,7 +190,7 @@ typedef struct fasa_config {
     int32_t n_fc;     /* chunks of the profile in use; 0: all ranked */
     int32_t bits;     /* 2, 4 or 8 for all chunks in use; 0: those of the profile */
     int32_t min_ctx;  /* visible cells of its longest row below which a node stays dense */
-    int32_t max_rows; /* query rows per stream above which a node is prefill; 1..64 */
+    int32_t max_rows; /* query rows per stream above which a node is prefill; 0..64 */
     int32_t sinks;    /* first visible cells in the order of writing, always selected */
     int32_t recent;   /* last ones, likewise; sinks + recent <= budget */
     int32_t verify;   /* recompute the index before each use and compare */

@@ -42,8 +42,8 @@ void check_config(const fasa_config & c) {
     if (c.bits != 0 && c.bits != 2 && c.bits != 4 && c.bits != 8) {
         fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 2, 4 or 8 bits exist, or 0 for those of the profile.", c.bits);
     }
-    if (c.max_rows < 1 || c.max_rows > FASA_MAX_ROWS) {
-        fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 1 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
+    if (c.max_rows < 0 || c.max_rows > FASA_MAX_ROWS) {
+        fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 0 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
     }
     if (c.min_ctx < 0 || c.sinks < 0 || c.recent < 0) {
         fail(FASA_STATUS_ARGUMENT, "min_ctx is %d, sinks %d, recent %d; none may be negative.", c.min_ctx, c.sinks,

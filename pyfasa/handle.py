@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,7 @@ class Fasa:
         self._reason = attachment.reason
         self._min_ctx_follows = follow_budget
         self.switched = False  # by use()
+        self._passing: dict[str, object] = {}  # settings of the core for the time of a block
         self._apply(config)
 
     # ---- state ----
@@ -238,14 +239,25 @@ class Fasa:
     def capturing(self) -> Iterator[Session]:
         """Inside the block the queries of every graph are kept, in ``session.captured``, until it is cleared."""
         session = self._live()
-        session.configure(replace(self._config, capture=True))
-        try:
+        with self._for_now(capture=True):
             yield session
+
+    def prefilling(self) -> AbstractContextManager[None]:
+        """Inside the block every batch is a part of a prompt, also a last one of few rows: dense."""
+        return self._for_now(max_rows=0)
+
+    @contextmanager
+    def _for_now(self, **settings: object) -> Iterator[None]:
+        before, self._passing = self._passing, self._passing | settings
+        try:
+            self._apply(self._config)
+            yield
         finally:
-            session.configure(self._native_config(self._config))
+            self._passing = before
+            self._apply(self._config)
 
     def _native_config(self, config: Config) -> Config:
-        return replace(config, n_fc=self.n_fc)
+        return replace(config, n_fc=self.n_fc, **self._passing)  # type: ignore[arg-type]
 
     def _apply(self, config: Config) -> None:
         check_config(config)

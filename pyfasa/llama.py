@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -43,8 +43,8 @@ class Llama(llama_cpp.Llama):
     n_fc : chunks scored per KV head; None is the profile's own number.
     index_bits : 2, 4 or 8 bits per scored dim instead of the profile's own; fewer are faster and smaller.
     min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget.
-    max_rows : query rows (tokens of one sequence, or of several in one cache) up to which a batch is decoding; above
-        it is prefill and dense.
+    max_rows : tokens in one batch (of one sequence, or of several in one cache) up to which it is decoding, 0 to 64;
+        above it is prefill and dense.
     sinks, recent : first and last visible tokens, always attended.
     flash_attn : on by default; without it there is nothing to replace and decoding is dense.
     type_k, type_v : also by name, like "q8_0".
@@ -118,6 +118,12 @@ class Llama(llama_cpp.Llama):
             raise HostError(sentence)
         attachment.session.close()
         return replace(attachment, session=None, profile=None, reason=sentence)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluates tokens. More of them than ``max_rows`` are a prompt, which is read densely to its end."""
+        prompt = len(tokens) > self.fasa.max_rows
+        with self.fasa.prefilling() if prompt else nullcontext():
+            super().eval(tokens)
 
     @contextmanager
     def dense(self) -> Iterator[Llama]:

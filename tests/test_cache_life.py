@@ -48,6 +48,7 @@ SHIFTABLE = [
     (NEOX_GROUP_1, "q8_0"),
     (NEOX_PARTIAL, "f16"),
 ]
+# A state does not say in which order its cells were written: sinks and recent may be others.
 SCORED_ONLY: dict[str, Any] = {"sinks": 0, "recent": 0}
 N_SMALL = 256  # cells of a context that runs full
 

@@ -142,12 +142,31 @@ def test_dense_and_disabled_bits_are_equal(model: Models) -> None:
     assert {name: n for name, n in nodes.items() if n} == {"disabled": 2 * 5}
 
 
+def test_prompts_are_dense_to_their_last_token(model: Models) -> None:
+    """Also where the last batch of a prompt has no more rows than a decode step."""
+    path = model(NORM)
+    with opened_plain(path, n_batch=100) as plain:
+        plain.eval(PROMPT[:301])
+        wanted = logits(plain)
+    with opened(path, profile=random_profile(path), budget=64, min_ctx=0, n_batch=100) as llm:
+        llm.eval(PROMPT[:301])
+        assert np.array_equal(logits(llm), wanted)
+        with llm.fasa.capturing():
+            llm.eval(PROMPT[301:330])
+        llm.n_tokens = 300
+        llm.eval(PROMPT[300:301])  # as a token to go on from
+        assert nmse(logits(llm), wanted) > MAX_NMSE
+        assert {n: c for n, c in llm.fasa.counters.nodes.items() if c} == {
+            "prefill": 2 * 4, "capture": 2, "sparse": 2,
+        }  # fmt: skip
+
+
 def test_golden_counters(model: Models) -> None:
     """Every number that counters promise, computed by hand for one run."""
     path = model(NORM)  # 2 layers, 4 query heads, 2 KV heads, 64 dims
     profile = random_profile(path)
     with opened(path, profile=profile, budget=64, min_ctx=200, n_batch=100, n_ctx=768) as llm:
-        llm.eval(TOKENS[:301])  # 3 graphs of 100 rows and one of a single row, which is decode
+        llm.eval(TOKENS[:301])  # 3 graphs of 100 rows and one of a single row, still of the prompt
         llm.eval(TOKENS[301:302])
         llm.fasa.min_ctx = 304
         llm.eval(TOKENS[302:303])
@@ -158,16 +177,16 @@ def test_golden_counters(model: Models) -> None:
         llm.fasa.reset()
         assert llm.fasa.counters.graphs == llm.fasa.timings.total == 0
     nodes = {name: n for name, n in counters.nodes.items() if n}
-    assert nodes == {"prefill": 2 * 3, "sparse": 2 * 2, "short_context": 2, "disabled": 2}
+    assert nodes == {"prefill": 2 * 4, "sparse": 2, "short_context": 2, "disabled": 2}
     assert counters.graphs == 3 + 1 + 1 + 1 + 1
-    assert counters.cells_visible == 2 * 4 * (301 + 302)
-    assert counters.cells_attended == 2 * 4 * (64 + 64)
+    assert counters.cells_visible == 2 * 4 * 302
+    assert counters.cells_attended == 2 * 4 * 64
     per_cell = int(profile.bytes_per_cell().sum())
     assert counters.index_bytes == 768 * per_cell
     assert counters.kv_bytes == 2 * 768 * 2 * (2 * 64) * 2  # layers, cells, K and V, row, f16
     assert counters.bytes_attended == counters.cells_attended * 2 * 64 * 2
-    assert counters.bytes_scored == (5 + 5) * 64 * per_cell  # 5 blocks of 64 hold 302 cells
-    assert counters.share_attended == pytest.approx(128 / 603)
+    assert counters.bytes_scored == 5 * 64 * per_cell  # 5 blocks of 64 hold 302 cells
+    assert counters.share_attended == pytest.approx(64 / 302)
     assert counters.stale_events == 0
 
 
@@ -190,7 +209,8 @@ def test_index_is_right_whatever_order_it_is_filled_in(model: Models) -> None:
     for late in (False, True):
         with opened(path, profile=random_profile(path), budget=64, min_ctx=0, n_batch=64) as llm:
             llm.fasa.verify = True
-            llm.eval(PROMPT[:65])  # the last graph has one row: an index is there from now on
+            llm.eval(PROMPT[:64])
+            llm.eval(PROMPT[64:65])  # an index is there from now on
             llm.fasa.enabled = not late
             llm.eval(PROMPT[65:])
             llm.fasa.enabled = True

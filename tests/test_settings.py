@@ -35,8 +35,8 @@ BAD_SETTINGS = [
     ({"index_bits": 0}, "index_bits is 0; 2, 4 or 8 bits exist, or None"),
     ({"index_bits": 3}, "2, 4 or 8"),
     ({"index_bits": "4"}, "index_bits is '4'; a whole number or None is needed"),
-    ({"max_rows": 0}, "max_rows is 0; it must be from 1 to 64"),
-    ({"max_rows": 65}, "max_rows is 65; it must be from 1 to 64"),
+    ({"max_rows": -1}, "max_rows is -1; it must be from 0 to 64"),
+    ({"max_rows": 65}, "max_rows is 65; it must be from 0 to 64"),
     ({"max_rows": None}, "max_rows is None; a whole number is needed"),
 ]
 
