@@ -79,6 +79,36 @@ def stage_table() -> str:
     return markdown(["depth", "K/V", "dense us", "pyfasa us", *STAGES], rows)
 
 
+def types_table() -> str:
+    """K types as rows, V types as columns: FASA t/s and the ratio to dense of the same run."""
+    rows = read("decode-types.csv")
+    speed = {(r["type_k"], r["type_v"], r["attention"]): number(r["avg_ts"]) for r in rows}
+    types = list(dict.fromkeys(r["type_k"] for r in rows))
+    table = []
+    for k in types:
+        cells = [
+            f"{speed[k, v, 'fasa']:.0f} ({speed[k, v, 'fasa'] / speed[k, v, 'dense']:.1f} x)"
+            for v in types
+        ]
+        table.append([f"**{k}**", *cells])
+    return markdown(["K \\ V", *types], table)
+
+
+def bits_table() -> str:
+    """One row per width of the index: memory, what it finds, speed."""
+    found = {(r["bits"], r["budget"]): number(r["mass"]) for r in read("index-bits.csv")}
+    size = {r["bits"]: r["bytes_per_cell"] for r in read("index-bits.csv")}
+    table = [["exact scores", "", *(f"{found['0', b]:.3f}" for b in ("64", "256", "1024")), ""]]
+    for bits in ("2", "4", "8"):
+        runs = read(f"decode-bits-{bits}.csv")
+        speeds = [number(r["avg_ts"]) for r in runs if r["attention"] == "fasa"]
+        share = f"{size[bits]} ({100 * int(size[bits]) / 256:.1f} %)"
+        mass = [f"{found[bits, b]:.3f}" for b in ("64", "256", "1024")]
+        table.append([f"{bits} bits", share, *mass, f"{speeds[0]:.0f}" if speeds else ""])
+    header = ["index", "bytes per token and KV head", "found by 64", "by 256", "by 1,024 cells"]
+    return markdown([*header, "t/s at 30,000"], table)
+
+
 def retrieval_table(*, short: bool) -> str:
     """All settings, or those that a newcomer wants to see: dense and the profile as it comes."""
     answers: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -106,10 +136,12 @@ def main() -> None:
     tables = {
         "decode": decode_table(),
         "stages": stage_table(),
+        "types": types_table(),
+        "bits": bits_table(),
         "retrieval": retrieval_table(short=False),
         "retrieval-short": retrieval_table(short=True),
     }
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "cache.md"):
         put(path, tables)
 
 
