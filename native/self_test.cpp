@@ -82,6 +82,13 @@ ggml_backend_ptr new_backend() {
     if (backend == nullptr) {
         fail(FASA_STATUS_HOST, "The attach self-test could not create a CPU backend.");
     }
+    // One thread: OpenMP's workers do not survive a fork, and a child may make a model that needs none.
+    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    const auto               set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    if (set != nullptr) {
+        set(backend.get(), 1);
+    }
     return backend;
 }
 

@@ -77,7 +77,6 @@ def main() -> None:
             with llm.fasa.capturing() as session:
                 llm.eval(tokens)
                 for layer in range(profile.identity.n_layer):
-                    model = profile.identity
                     keys = session.keys(layer, 0, llm.n_tokens)
                     add_layer(shares, profile, layer, session.captured(layer), keys)
                 session.captured_clear()
