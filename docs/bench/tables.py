@@ -109,6 +109,15 @@ def bits_table() -> str:
     return markdown([*header, "t/s at 30,000"], table)
 
 
+def rows_table() -> str:
+    rows = [
+        [r["rows"], f"{number(r['dense_ms']):.1f}", f"{number(r['fasa_ms']):.1f}",
+         f"**{number(r['dense_ms']) / number(r['fasa_ms']):.1f} x**"]
+        for r in read("rows.csv")
+    ]  # fmt: skip
+    return markdown(["rows in the batch", "llama.cpp ms", "pyfasa ms", "ratio"], rows)
+
+
 def retrieval_table(*, short: bool) -> str:
     """All settings, or those that a newcomer wants to see: dense and the profile as it comes."""
     answers: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -138,6 +147,7 @@ def main() -> None:
         "stages": stage_table(),
         "types": types_table(),
         "bits": bits_table(),
+        "rows": rows_table(),
         "retrieval": retrieval_table(short=False),
         "retrieval-short": retrieval_table(short=True),
     }
