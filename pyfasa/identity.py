@@ -128,9 +128,10 @@ class _Walk:
                 values[key] = value
         kv_end = self.at
         loose = [self.tensor() for _ in range(n_tensors)]
-        alignment = int(cast(int, values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
-        if alignment <= 0 or alignment & (alignment - 1):
-            raise ValueError(alignment)
+        given = values.get("general.alignment", np.uint32(GGUF_DEFAULT_ALIGNMENT))
+        if not isinstance(given, np.integer) or given <= 0 or int(given).bit_count() != 1:
+            raise ValueError(given)
+        alignment = int(given)
         info_end = self.at
         data_start = -(-info_end // alignment) * alignment
         tensors = {t.name: replace(t, start=data_start + t.start) for t in loose}
@@ -358,7 +359,8 @@ class _Keys:
     def get(self, name: str, default: list[int] | float | None, kinds: tuple[type, ...]) -> Any:
         key = f"{self.architecture}.{name}"
         value = self.header.values.get(key, default)
-        if value is None or (key in self.header.values and not isinstance(value, kinds)):
+        real = isinstance(value, np.ndarray) and value.dtype.kind not in "iu"
+        if value is None or real or (key in self.header.values and not isinstance(value, kinds)):
             raise ModelFileError(
                 f"{self.header.path} does not give {key} as a number; it is damaged, or no "
                 "language model."
