@@ -11,13 +11,27 @@ import shlex
 import sys
 import warnings
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pyfasa import console
+from pyfasa.options import (
+    Chunks,
+    Force,
+    KvType,
+    MinCtx,
+    Model,
+    Output,
+    ProfileFile,
+    Seed,
+    Threads,
+    TypeK,
+    TypeV,
+    kv_types,
+    numbers,
+)
 
 app = typer.Typer(
     cls=console.Group,
@@ -27,43 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class KvType(str, Enum):  # as in native.KV_TYPES, which takes a second to import
-    f32 = "f32"
-    f16 = "f16"
-    bf16 = "bf16"
-    q8_0 = "q8_0"
-    q4_0 = "q4_0"
-    q4_1 = "q4_1"
-    q5_0 = "q5_0"
-    q5_1 = "q5_1"
-    iq4_nl = "iq4_nl"
-
-
-class Output(str, Enum):
-    md = "md"
-    json = "json"
-    csv = "csv"
-
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF model.")]
-ProfileFile = Annotated[
-    Path | None, typer.Option("--profile", help="Profile to use instead of the model's own.")
-]
-TypeK = Annotated[KvType, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")]
-TypeV = Annotated[KvType, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")]
-Threads = Annotated[
-    int | None, typer.Option("-t", "--threads", min=1, help="Threads; default: all CPUs.")
-]
-Chunks = Annotated[
-    int | None, typer.Option("--n-fc", min=1, help="Frequency chunks to score with.")
-]
-MinCtx = Annotated[
-    int | None, typer.Option("--min-ctx", min=0, help="Stay dense below this many tokens.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
 def _version(wanted: bool) -> None:
@@ -282,25 +259,6 @@ def inspect(
 # ---- bench, doctor, demo ------------------------------------------------------------------------
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """`1024,8192` -> (1024, 8192)"""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1024,8192") from None
-
-
-def _types(text: str) -> tuple[str, ...]:
-    """`f16,q8_0` -> ("f16", "q8_0"); `all` -> every type."""
-    names = [kind.value for kind in KvType]
-    found = names if text == "all" else text.split(",")
-    if unknown := set(found) - set(names):
-        raise typer.BadParameter(
-            f"{', '.join(unknown)} is no K/V type; give {', '.join(names)}, or all"
-        )
-    return tuple(found)
-
-
 @app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="A GGUF model.")],
@@ -333,8 +291,8 @@ def bench(
 
     settings = benchmark.Settings(
         model=model,
-        depths=_numbers(depth),
-        budgets=_numbers(budget),
+        depths=numbers(depth),
+        budgets=numbers(budget),
         n_threads=threads or cpu().cores,
         n_gen=n_gen,
         repetitions=repetitions,
@@ -347,8 +305,8 @@ def bench(
     with console.stderr().status("loading") as status:
         rows = [
             row
-            for k in _types(type_k)
-            for v in _types(type_v)
+            for k in kv_types(type_k)
+            for v in kv_types(type_v)
             for row in benchmark.bench(replace(settings, type_k=k, type_v=v), status.update)
         ]
     typer.echo(benchmark.FORMATS[output.value](rows))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyfasa import native
+from pyfasa.options import KvType
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
@@ -42,3 +43,7 @@ def test_reasons_are_those_of_the_core() -> None:
     found = set(re.findall(r"dense, `(\w+)`", CACHE))
     assert len(found) >= 6
     assert found <= set(native.reasons())
+
+
+def test_the_command_line_knows_every_type() -> None:
+    assert [kind.value for kind in KvType] == list(native.KV_TYPES)
