@@ -16,16 +16,20 @@ export CMAKE_ARGS := -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
 endif
 
 NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/tests/*.*)
-CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h)
+CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h \
+	native/fuzz/*.cpp native/fuzz/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test check format lint types tidy sanitize bench retrieval clean
+.PHONY: help setup demo test check format lint types tidy sanitize sanitize-threads fuzz bench bench-types recall retrieval clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
 	@echo "make test       the tests"
 	@echo "make check      format, lint, types, clang-tidy, native tests under sanitizers"
+	@echo "make fuzz       random and hostile inputs for FUZZ_SECONDS=$(FUZZ_SECONDS); needs clang and atheris"
 	@echo "make bench      decode speed at depth, dense against FASA, into docs/bench"
+	@echo "make bench-types  the same at 30,000 tokens for all 81 pairs of K and V types"
+	@echo "make recall     what the index finds with 2, 4 and 8 bits, and its speed"
 	@echo "make retrieval  retrieval table on fresh documents, into docs/bench"
 	@echo "make format     rewrite sources in the project's format"
 	@echo "make clean      remove builds, keep the environment"
@@ -59,7 +63,7 @@ test: setup
 
 # ---- for contributors ------------------------------------------------------------------------------------
 
-check: lint types tidy sanitize
+check: lint types tidy sanitize sanitize-threads
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -88,6 +92,43 @@ sanitize: $(VENV)/dev.stamp
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
+# GCC 12's ThreadSanitizer finds no room among randomized addresses. It does not see the barriers of OpenMP either, so
+# graphs run on one thread here, but for those that test_threads.cpp runs on threads of its own.
+NO_RANDOM := $(shell setarch -R true 2> /dev/null && echo setarch -R)
+
+sanitize-threads: $(VENV)/dev.stamp
+	CMAKE_ARGS= $(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF \
+		-DPYFASA_TESTS=ON -DPYFASA_SANITIZE=thread > /dev/null
+	$(BIN)/cmake --build build/threads
+	OMP_THREAD_LIMIT=1 $(NO_RANDOM) $(BIN)/ctest --test-dir build/threads --output-on-failure
+
+# A quarter of the time each for the two native fuzzers, half for the readers of files.
+CLANG        ?= $(firstword $(notdir $(wildcard /usr/bin/clang /usr/bin/clang-[1-9][0-9])))
+FUZZ_SECONDS ?= 600
+FUZZ         := -len_control=0 -verbosity=0 -print_final_stats=1 -artifact_prefix=build/fuzz/
+
+fuzz: $(VENV)/dev.stamp
+	mkdir -p build/fuzz/stages build/fuzz/session build/fuzz/files
+ifeq ($(CLANG),)
+	@echo "The native fuzzers are skipped: clang with libFuzzer is needed (Debian: apt install clang libclang-rt-14-dev)."
+else
+	CMAKE_ARGS= $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(subst clang,clang++,$(CLANG)) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF \
+		-DPYFASA_FUZZ=ON -DPYFASA_SANITIZE=address,undefined,float-cast-overflow > /dev/null
+	$(BIN)/cmake --build build/fuzz
+	for name in stages session; do \
+		build/fuzz/native/fuzz/fuzz_$$name $(FUZZ) -max_len=1000 -max_total_time=$$(($(FUZZ_SECONDS) / 4)) \
+			build/fuzz/$$name || exit 1; \
+	done
+endif
+	@if $(BIN)/python -c "import atheris" 2> /dev/null; then \
+		$(BIN)/python tests/fuzz_profile.py $(FUZZ) -max_total_time=$$(($(FUZZ_SECONDS) / 2)) build/fuzz/files; \
+	else \
+		echo "The fuzzer of the file readers is skipped: atheris is needed ($(BIN)/pip install atheris)."; \
+	fi
+
 # ---- figures ---------------------------------------------------------------------------------------------
 
 bench: setup
@@ -95,6 +136,19 @@ bench: setup
 	for type in q8_0 f16; do \
 		$(BIN)/pyfasa bench -m $(MODEL) -d 1000,8192,30000 -ctk $$type -ctv $$type -t $(THREADS) -n 32 -r 5 -o csv \
 			> docs/bench/decode-$$type.csv || exit 1; \
+	done
+	$(BIN)/python docs/bench/rows.py $(MODEL) > docs/bench/rows.csv
+	$(BIN)/python docs/bench/tables.py
+
+bench-types: setup
+	$(BIN)/pyfasa bench -m $(MODEL) -d 30000 -ctk all -ctv all -t $(THREADS) -n 16 -r 2 -o csv > docs/bench/decode-types.csv
+	$(BIN)/python docs/bench/tables.py
+
+recall: setup
+	$(BIN)/python docs/bench/index_bits.py $(MODEL) > docs/bench/index-bits.csv
+	for bits in 2 4 8; do \
+		$(BIN)/pyfasa bench -m $(MODEL) -d 30000 --index-bits $$bits -ctk q8_0 -ctv q8_0 -t $(THREADS) -o csv \
+			> docs/bench/decode-bits-$$bits.csv || exit 1; \
 	done
 	$(BIN)/python docs/bench/tables.py
 
