@@ -99,12 +99,8 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t
                                const WriteOrder & order, int64_t cache_stream) {
     Visible & v = read(mask, stream, row);
     if (v.forced.empty()) {
-        const auto seen = [&](int32_t c) {
-            return c / FASA_BLOCK_CELLS < v.n_block &&
-                   (v.words[c / FASA_BLOCK_CELLS] >> (c % FASA_BLOCK_CELLS) & 1u) != 0;
-        };
-        order.first(cache_stream, config.sinks, seen, &v.forced);
-        order.last(cache_stream, config.recent, seen, &v.forced);
+        order.first(cache_stream, config.sinks, v.words, &v.forced);
+        order.last(cache_stream, config.recent, v.words, &v.forced);
     }
     return v;
 }

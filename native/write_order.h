@@ -12,7 +12,9 @@ namespace fasa {
 
 class WriteOrder {
   public:
-    // Of the cache that `root` belongs to; its cells count as written before all others, in their own order.
+    using Words = std::vector<uint64_t>; // bit c of word b: cell 64 b + c
+
+    // Of the cache that `root` belongs to. A cell that was never seen to be written is older than all others.
     explicit WriteOrder(const ggml_tensor * root);
 
     const ggml_tensor * root() const { return root_; } // all layers are written alike: one of them is followed
@@ -20,37 +22,20 @@ class WriteOrder {
     void cell_written(int64_t cell); // as SET_ROWS numbers them, through all streams
     void bytes_written(const void * first, size_t size);
 
-    // Up to n cells of a stream for which visible(cell) holds: the first or the last written.
-    template <typename Visible>
-    void first(int64_t stream, int32_t n, Visible && visible, std::vector<int32_t> * out) const {
-        const Log & log = logs_[stream];
-        for (size_t i = 0; i < log.cells.size() && n > 0; ++i) {
-            n -= take(log, i, visible, out);
-        }
-    }
-    template <typename Visible>
-    void last(int64_t stream, int32_t n, Visible && visible, std::vector<int32_t> * out) const {
-        const Log & log = logs_[stream];
-        for (size_t i = log.cells.size(); i > 0 && n > 0; --i) {
-            n -= take(log, i - 1, visible, out);
-        }
-    }
+    // Appends up to n of the visible cells of a stream: the first or the last written.
+    void first(int64_t stream, int32_t n, const Words & visible, std::vector<int32_t> * out) const;
+    void last(int64_t stream, int32_t n, const Words & visible, std::vector<int32_t> * out) const;
 
   private:
     struct Log {                     // of one stream
         std::vector<int32_t> cells;  // oldest first; an entry counts when it is its cell's last one
-        std::vector<int32_t> latest; // by cell: where its last entry is
+        std::vector<int32_t> latest; // by cell: where its last entry is; -1: none
+        size_t               begin;  // no entry before it counts
+        Words                known;  // cells that have an entry
+
+        bool counts(size_t i, const Words & visible) const;
     };
 
-    template <typename Visible>
-    static int32_t take(const Log & log, size_t i, Visible && visible, std::vector<int32_t> * out) {
-        const int32_t cell = log.cells[i];
-        if (log.latest[cell] != static_cast<int32_t>(i) || !visible(cell)) {
-            return 0;
-        }
-        out->push_back(cell);
-        return 1;
-    }
     static void forget_old_entries(Log & log);
 
     const ggml_tensor * root_;

@@ -358,8 +358,7 @@ TEST(the_order_of_writing_tells_first_and_last) {
     fasa::WriteOrder order(&root);
     const auto       asked = [&](int64_t stream, int32_t n, bool first) {
         std::vector<int32_t> cells;
-        const auto           even = [](int32_t c) { return c % 2 == 0; };
-        first ? order.first(stream, n, even, &cells) : order.last(stream, n, even, &cells);
+        first ? order.first(stream, n, {0x155}, &cells) : order.last(stream, n, {0x155}, &cells); // even cells
         return cells;
     };
     using Cells = std::vector<int32_t>;
@@ -369,7 +368,7 @@ TEST(the_order_of_writing_tells_first_and_last) {
         order.cell_written(cell);
     }
     CHECK(asked(0, 9, true) == Cells({4, 6, 8, 0, 2}));
-    CHECK(asked(0, 3, false) == Cells({2, 0, 8}));
+    CHECK(asked(0, 4, false) == Cells({2, 0, 8, 6}));
     CHECK(asked(1, 2, false) == Cells({4, 8}));
     order.bytes_written(data + 4, 3 * sizeof(int32_t)); // cells 4, 5, 6: a state is loaded
     CHECK(asked(0, 9, true) == Cells({8, 0, 2, 4, 6}));
