@@ -39,18 +39,22 @@ void check_kv(const fasa_kv & kv) {
         }
     }
     need(kv.k != nullptr && kv.v != nullptr, "K or V is NULL.");
+    need(kv.k_stride >= fasa::kv_row_bytes(kv.k_type, kv.k_dim) &&
+             kv.v_stride >= fasa::kv_row_bytes(kv.v_type, kv.v_dim),
+         "Cells of K or V overlap: a stride is smaller than a row.");
 }
 
 } // namespace
 
 int64_t fasa_kv_row_bytes(int32_t kv_type, int64_t n) {
-    return n > 0 && n % fasa::kKvBlock == 0 ? fasa::kv_row_bytes(kv_type, n) : 0;
+    return n > 0 && n <= INT32_MAX && n % fasa::kKvBlock == 0 ? fasa::kv_row_bytes(kv_type, n) : 0;
 }
 
 fasa_status fasa_kv_to_float(int32_t kv_type, const void * rows, int64_t n, int64_t n_rows, float * out) {
     return guarded([&] {
         const int64_t bytes = fasa_kv_row_bytes(kv_type, n);
-        need(bytes > 0 && n <= INT32_MAX, "A row needs a type with a kernel and a multiple of 32 values.");
+        need(bytes > 0, "A row needs a type with a kernel and a multiple of 32 values.");
+        need(n_rows >= 0, "The number of rows is negative.");
         for (int64_t i = 0; i < n_rows; ++i) {
             fasa::kv_to_float(kv_type, static_cast<const uint8_t *>(rows) + i * bytes, static_cast<int32_t>(n),
                               out + i * n);
@@ -114,6 +118,7 @@ fasa_status fasa_attend(int32_t isa, const fasa_kv * kv, const float * q, const 
 fasa_status fasa_hadamard(float * x, int64_t n, int32_t size) {
     return guarded([&] {
         need(size >= 1 && (size & (size - 1)) == 0, "A Hadamard block must be a power of two.");
+        need(n >= 0, "The number of transforms is negative.");
         for (int64_t i = 0; i < n; ++i) {
             fasa::hadamard(x + i * size, size);
         }

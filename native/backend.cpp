@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
@@ -26,12 +27,22 @@ struct DecoratedBuffer {
     Session *             session;
 };
 
+using InitBackend = decltype(seam::DeviceInterface::init_backend);
+
+// ggml reads the slot whenever it likes, so it changes in one piece.
+InitBackend init_slot(const seam::DeviceInterface & iface) {
+    return __atomic_load_n(&iface.init_backend, __ATOMIC_ACQUIRE);
+}
+void set_init_slot(seam::DeviceInterface & iface, InitBackend init) {
+    __atomic_store_n(&iface.init_backend, init, __ATOMIC_RELEASE);
+}
+
 struct Registry {
     std::mutex                                                 mutex;
     std::unordered_map<ggml_backend_t, DecoratedBackend>       backends;
     std::unordered_map<ggml_backend_buffer_t, DecoratedBuffer> buffers;
     std::unordered_map<const Session *, int>                   sessions;
-    decltype(seam::DeviceInterface::init_backend)              inner_init = nullptr;
+    std::atomic<InitBackend>                                   inner_init{nullptr};
 };
 
 Registry & registry() {
@@ -117,7 +128,7 @@ void decorate(ggml_backend_t backend, Session * session) {
 // ---- device ----------------------------------------------------------------------------------------------------
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char * params) {
-    const auto           inner   = registry().inner_init;
+    const InitBackend    inner   = registry().inner_init;
     const ggml_backend_t backend = inner != nullptr ? inner(device, params) : nullptr;
     if (backend != nullptr && armed != nullptr) {
         decorate(backend, armed);
@@ -159,9 +170,10 @@ void check_seam() {
     }
     const seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
     const std::string             home  = library_of_slot(iface.get_name);
-    const bool slots = !home.empty() && home == library_of_slot(iface.get_description) &&
-                       home == library_of_slot(iface.get_type) &&
-                       (iface.init_backend == device_init_backend || home == library_of_slot(iface.init_backend));
+    const InitBackend             init  = init_slot(iface);
+    const bool                    slots = !home.empty() && home == library_of_slot(iface.get_description) &&
+                                          home == library_of_slot(iface.get_type) &&
+                                          (init == device_init_backend || home == library_of_slot(init));
     if (!slots || std::strcmp(iface.get_name(cpu_device()), ggml_backend_dev_name(cpu_device())) != 0 ||
         std::strcmp(iface.get_description(cpu_device()), ggml_backend_dev_description(cpu_device())) != 0) {
         fail(FASA_STATUS_HOST,
@@ -176,9 +188,9 @@ void register_session(Session * session) {
     const std::lock_guard<std::mutex> lock(registry().mutex);
     registry().sessions[session]  = 1;
     seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
-    if (iface.init_backend != device_init_backend) {
-        registry().inner_init = iface.init_backend;
-        iface.init_backend    = device_init_backend;
+    if (init_slot(iface) != device_init_backend) {
+        registry().inner_init = init_slot(iface);
+        set_init_slot(iface, device_init_backend);
     }
 }
 
@@ -204,7 +216,7 @@ void unregister_session(Session * session) {
     armed = armed == session ? nullptr : armed;
     r.sessions.erase(session);
     if (r.sessions.empty()) {
-        seam::of(cpu_device())->iface.init_backend = r.inner_init;
+        set_init_slot(seam::of(cpu_device())->iface, r.inner_init);
     }
 }
 
