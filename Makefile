@@ -106,7 +106,7 @@ sanitize-threads: $(VENV)/dev.stamp
 # A quarter of the time each for the two native fuzzers, half for the readers of files.
 CLANG        ?= $(firstword $(notdir $(wildcard /usr/bin/clang /usr/bin/clang-[1-9][0-9])))
 FUZZ_SECONDS ?= 600
-FUZZ         := -len_control=0 -verbosity=0 -print_final_stats=1 -artifact_prefix=build/fuzz/
+FUZZ         := -len_control=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 -artifact_prefix=build/fuzz/
 
 fuzz: $(VENV)/dev.stamp
 	mkdir -p build/fuzz/stages build/fuzz/session build/fuzz/files

@@ -23,8 +23,11 @@ bool injected_failure() {
 } // namespace
 
 void * allocate_aligned(size_t bytes) {
+    if (injected_failure() || bytes > SIZE_MAX / 2) { // SIZE_MAX / 2: no machine has it, and padding must not wrap
+        throw std::bad_alloc();
+    }
     const size_t padded = std::max<size_t>((bytes + 63) / 64 * 64, 64);
-    void *       p      = injected_failure() ? nullptr : std::aligned_alloc(64, padded);
+    void *       p      = std::aligned_alloc(64, padded);
     if (p == nullptr) {
         throw std::bad_alloc();
     }
