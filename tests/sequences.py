@@ -292,7 +292,7 @@ class Compared:
         self.logits = [plain, full, narrow, rebuilt]
         assert np.isfinite(plain).all()
         self.worst = max([self.worst, *row_errors(full, plain)])
-        assert self.worst <= self.bound
+        assert self.worst <= self.bound, f"an error of {self.worst:.1e}; {self.bound} is allowed"
         assert np.array_equal(narrow, rebuilt)
         for live in (self.full, self.narrow):
             assert live.counters.verify_failures == 0
@@ -341,15 +341,20 @@ def row_errors(found: F32, wanted: F32) -> list[float]:
 
 
 def bound_of(model: Model, setup: Setup) -> float:
-    """The error of a row that rounding explains, at least twice what 18,000 random operations showed.
+    """The error of a row that rounding explains: some times the largest of 100,000 random rows.
 
-    llama.cpp rounds q to blocks of 8 bits where K is quantized, pyfasa does not: a few 1e-4 after one layer. K and V of
-    the next layer are rounded from what differs already; a value that crosses a step of 4 bits makes that larger.
+    llama.cpp rounds q to blocks of 8 bits where K is quantized, pyfasa does not: up to 6e-4, all of it llama.cpp's.
+    K and V of the next layer are rounded from what differs already; a step of 4 or 5 bits makes that larger, up to
+    9e-3.
     """
-    types = {setup.type_k, setup.type_v}
-    if model.shape.n_layer == 1 or types <= {"f32", "f16", "bf16"}:
+    exact = ("f32", "f16", "bf16")
+    fine = (*exact, "q8_0")
+    if model.shape.n_layer == 1:
+        return MAX_NMSE if setup.type_k in exact else 2e-3
+    types = (setup.type_k, setup.type_v)
+    if all(name in exact for name in types):
         return MAX_NMSE
-    return 2e-3 if types <= {"f32", "f16", "bf16", "q8_0"} else 2e-2
+    return 2e-3 if all(name in fine for name in types) else 2e-2
 
 
 @contextmanager
