@@ -112,6 +112,8 @@ std::vector<Row> rows() {
     add("f16 K, q8_0 V", FASA_REASON_SPARSE, [](Row & r) { r.node.v_type = GGML_TYPE_Q8_0; });
     add("V head size of its own", FASA_REASON_SPARSE, [](Row & r) { r.node.v_dim = 96; });
     add("exactly min_ctx visible", FASA_REASON_SPARSE, [](Row & r) { r.config.min_ctx = kSeen; });
+    add("fewer KV heads than the profile's most", FASA_REASON_SPARSE,
+        [](Row & r) { r.node.n_head_kv = r.node.n_head_v = 1; });
     add("group of 64", FASA_REASON_SPARSE, [](Row & r) { r.node.n_head = 128; });
 
     add("switched off", FASA_REASON_DISABLED, [](Row & r) { r.config.enabled = 0; });

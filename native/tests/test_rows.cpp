@@ -135,6 +135,26 @@ TEST(every_cache_type_decodes_as_upstream_does) {
     }
 }
 
+// Models may have other numbers of KV heads in other layers; a profile has room for the most.
+TEST(a_layer_with_fewer_kv_heads_uses_the_first_rows_of_its_profile) {
+    std::mt19937 rng = fresh_rng();
+    Shape        most;
+    most.n_head_kv = 4;
+    Shape shape;
+    shape.k_type = GGML_TYPE_Q8_0;
+    const AllChunks profile(most);
+    for (const int32_t budget : {256, 30}) {
+        const Session session = new_session(&profile.view, config_of(budget));
+        const Backend plain = new_backend(), sparse = decorated_backend(session);
+        Decoder       expected(shape, plain), actual(shape, sparse);
+        const Step    step  = random_step(rng, shape, range(0, 200), 200);
+        const double  error = nmse(actual.run(step), expected.run(step));
+        CHECK(budget == 256 ? error <= kMaxNmse : error > kMaxNmse);
+        CHECK_EQUAL(counters_of(session).nodes[FASA_REASON_SPARSE], 1);
+        CHECK_EQUAL(counters_of(session).verify_failures, 0);
+    }
+}
+
 // llama.cpp casts an f32 cache to f16 for each token; a cast that somebody else reads must still be computed.
 TEST(a_cast_with_another_reader_is_computed) {
     std::mt19937 rng = fresh_rng();
