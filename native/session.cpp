@@ -39,7 +39,7 @@ void check_config(const fasa_config & c) {
              FASA_MAX_HEAD_DIM / 2);
     }
     if (c.bits != 0 && c.bits != 2 && c.bits != 4 && c.bits != 8) {
-        fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 2, 4 or 8 bits exist, or 0 for those of the profile.", c.bits);
+        fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 2, 4 or 8 bits exist.", c.bits);
     }
     if (c.max_rows < 0 || c.max_rows > FASA_MAX_ROWS) {
         fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 0 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
