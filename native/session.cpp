@@ -233,18 +233,16 @@ void Session::note_write(const ggml_tensor * node) {
             order->cell_written(static_cast<const int64_t *>(rows->data)[i]);
         }
     }
-    for (auto & entry : layers_) {
-        SideIndex * index = entry.second.index.get();
-        if (index == nullptr || index->root() != root) {
-            continue;
-        }
-        mark(*index, node);
-        counters_.stale_events += node->op != GGML_OP_SET_ROWS ? 1 : 0;
-        const bool attended =
-            std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.index == index; });
-        if (attended) {
-            late_.push_back({index, node});
-        }
+    const auto  it    = layers_.find(layer);
+    SideIndex * index = it != layers_.end() ? it->second.index.get() : nullptr;
+    if (index == nullptr || index->root() != root) {
+        return;
+    }
+    mark(*index, node);
+    counters_.stale_events += node->op != GGML_OP_SET_ROWS ? 1 : 0;
+    const bool attended = std::any_of(work_.begin(), work_.end(), [&](const NodeWork & w) { return w.index == index; });
+    if (attended) {
+        late_.push_back({index, node});
     }
 }
 

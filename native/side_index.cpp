@@ -51,16 +51,12 @@ void SideIndex::mark_cell(int64_t cell) {
 }
 
 bool SideIndex::mark_bytes(const void * first, size_t size) {
-    const int64_t n     = n_stream_ * n_cell_;
-    const int64_t begin = static_cast<const char *>(first) - static_cast<const char *>(root_data_);
-    const int64_t end   = begin + static_cast<int64_t>(size);
-    if (end <= 0 || begin >= n * row_bytes_) {
-        return false;
-    }
-    for (int64_t c = std::max<int64_t>(0, begin / row_bytes_); c < n && c * row_bytes_ < end; ++c) {
-        mark_cell(c);
-    }
-    return true;
+    bool touched = false;
+    for_cells_in(root_data_, row_bytes_, n_stream_ * n_cell_, first, size, [&](int64_t cell) {
+        mark_cell(cell);
+        touched = true;
+    });
+    return touched;
 }
 
 void SideIndex::clear_marks(int64_t stream, int64_t n_block) {

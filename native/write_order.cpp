@@ -39,13 +39,8 @@ void WriteOrder::cell_written(int64_t cell) {
 }
 
 void WriteOrder::bytes_written(const void * first, size_t size) {
-    const auto    row   = static_cast<int64_t>(root_->nb[1]);
-    const int64_t n     = root_->ne[1] * root_->ne[2];
-    const int64_t begin = static_cast<const char *>(first) - static_cast<const char *>(root_->data);
-    const int64_t end   = begin + static_cast<int64_t>(size);
-    for (int64_t c = std::max<int64_t>(0, begin / row); c < n && c * row < end; ++c) {
-        cell_written(c);
-    }
+    for_cells_in(root_->data, static_cast<int64_t>(root_->nb[1]), root_->ne[1] * root_->ne[2], first, size,
+                 [this](int64_t cell) { cell_written(cell); });
 }
 
 bool WriteOrder::Log::counts(size_t i, const Words & visible) const {

@@ -10,6 +10,17 @@
 
 namespace fasa {
 
+// Calls touch(cell) for the cells, of n that begin at `cache` and have `row` bytes each, that a range of memory
+// overlaps.
+template <typename Touch>
+void for_cells_in(const void * cache, int64_t row, int64_t n, const void * first, size_t size, Touch && touch) {
+    const int64_t begin = static_cast<const char *>(first) - static_cast<const char *>(cache);
+    const int64_t end   = begin + static_cast<int64_t>(size);
+    for (int64_t c = begin > 0 ? begin / row : 0; c < n && c * row < end; ++c) {
+        touch(c);
+    }
+}
+
 class WriteOrder {
   public:
     using Words = std::vector<uint64_t>; // bit c of word b: cell 64 b + c

@@ -36,11 +36,23 @@ def plain_model_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model for tests to which its shape does not matter; a file may have its own instead."""
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model for tests to which its shape does not matter."""
     from support import write_model
 
     return write_model(tmp_path_factory.mktemp("model") / "random.gguf")
+
+
+@pytest.fixture(scope="session")
+def path(one: Path) -> Path:
+    """The model of a test; a file may have its own instead, of several shapes."""
+    return one
+
+
+@pytest.fixture(scope="session", params=["f16", "q8_0"])
+def types(request: pytest.FixtureRequest) -> dict[str, str]:
+    """K and V of one type, as arguments of pyfasa.Llama."""
+    return {"type_k": request.param, "type_v": request.param}
 
 
 @pytest.fixture(scope="session")

@@ -64,11 +64,6 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("model"), NORM_ONE_LAYER)
 
 
-@pytest.fixture(scope="module", params=TYPES)
-def types(request: pytest.FixtureRequest) -> dict[str, str]:
-    return both(request.param)
-
-
 @pytest.fixture(scope="module", params=SHIFTABLE, ids=lambda x: f"{x[0]}-{x[1]}")
 def shiftable(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -11,11 +11,11 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from caches import SAME, SHAPES, SPARSE, TINY, TYPES, A, B, N, after, both, verified, written
+from caches import SAME, SHAPES, SPARSE, TINY, A, B, N, after, both, verified, written
 from pyfasa import Llama
 from pyfasa.llama import kv_type
 from pyfasa.native import Config, Session
-from support import F32, NORM, decode, nmse, opened, opened_plain, random_profile
+from support import F32, decode, nmse, opened, opened_plain, random_profile
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
@@ -24,19 +24,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model for tests to which its shape does not matter."""
-    return written(tmp_path_factory.mktemp("model"), NORM)
-
-
-@pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("model"), TINY)
-
-
-@pytest.fixture(scope="module", params=TYPES)
-def types(request: pytest.FixtureRequest) -> dict[str, str]:
-    return both(request.param)
 
 
 # ---- two at once ---------------------------------------------------------------------------------

@@ -18,12 +18,10 @@ from caches import (
     EVERYTHING,
     SAME,
     SHAPES,
-    TYPES,
     A,
     B,
     N,
     after,
-    both,
     plain,
     verified,
     written,
@@ -45,17 +43,6 @@ from support import (
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("model"), request.param)
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model for tests to which its shape does not matter."""
-    return written(tmp_path_factory.mktemp("model"), NORM)
-
-
-@pytest.fixture(scope="module", params=TYPES)
-def types(request: pytest.FixtureRequest) -> dict[str, str]:
-    return both(request.param)
 
 
 # ---- logits of all tokens ------------------------------------------------------------------------

@@ -62,11 +62,6 @@ def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"n_seq_max": 8, **LAYOUTS[request.param]}
 
 
-@pytest.fixture(params=["f16", "q8_0"])
-def types(request: pytest.FixtureRequest) -> dict[str, str]:
-    return {"type_k": request.param, "type_v": request.param}
-
-
 def text(seq: int, n: int) -> list[int]:
     return TEXTS[seq][:n]
 

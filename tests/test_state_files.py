@@ -18,7 +18,6 @@ from caches import (
     SAME,
     SHAPES,
     SPARSE,
-    TYPES,
     A,
     B,
     N,
@@ -29,7 +28,7 @@ from caches import (
     verified,
     written,
 )
-from support import MAX_NMSE, NORM, decode, nmse, opened, random_profile
+from support import MAX_NMSE, decode, nmse, opened, random_profile
 
 Restore = Callable[[llama_cpp.Llama], bool]
 Keep = Callable[[llama_cpp.Llama, Path], Restore]
@@ -38,17 +37,6 @@ Keep = Callable[[llama_cpp.Llama, Path], Restore]
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("model"), request.param)
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model for tests to which its shape does not matter."""
-    return written(tmp_path_factory.mktemp("model"), NORM)
-
-
-@pytest.fixture(scope="module", params=TYPES)
-def types(request: pytest.FixtureRequest) -> dict[str, str]:
-    return both(request.param)
 
 
 # ---- ways to keep a cache; each gives a way to restore it, which says whether it worked ----------
