@@ -172,6 +172,10 @@ fasa_status fasa_session_invalidate(fasa_session * session) {
     return guarded([&] { session->session.invalidate(); });
 }
 
+fasa_status fasa_session_set_scorer(fasa_session * session, fasa_scorer scorer, void * user) {
+    return guarded([&] { session->session.set_scorer(scorer, user); });
+}
+
 fasa_status fasa_session_captured(const fasa_session * session, int32_t layer, int32_t * head_dim, int32_t * n_head,
                                   int64_t * n_rows, float * out) {
     return guarded([&] { session->session.captured(layer, head_dim, n_head, n_rows, out); });

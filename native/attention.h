@@ -52,6 +52,8 @@ struct NodeWork {
     std::atomic<int64_t> * n_indexed;
     std::atomic<int64_t> * n_verify_failures;
     float *                captured; // f32 [head_dim, n_head, n_rows], or nullptr
+    fasa_scorer            scorer;   // in place of score, or nullptr
+    void *                 scorer_user;
 };
 
 // The ggml_custom_op_t; userdata is a NodeWork.

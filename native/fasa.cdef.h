@@ -69,12 +69,12 @@ int32_t      fasa_isa_usable(int32_t isa);
 
 /* ---- layout: what the side index keeps of one KV head -------------------------------------------------- */
 
-/* A row keeps n_fc chunks, each with 2, 4 or 8 bits per dim. Chunks of equal bits form a segment; a segment has
- * one f16 step per cell. A dim x is stored as code u with  (x - center) / scale ~ step * (u - (2^bits - 1) / 2). */
+/* A row keeps n_fc chunks, each with 1, 2, 4 or 8 bits per dim. Chunks of equal bits form a segment; a segment has
+ * one step per cell, a byte. A dim x is stored as code u with  (x - center) / scale ~ step * (u - (2^bits - 1) / 2). */
 typedef struct fasa_layout fasa_layout;
 
 /* fc     u16  [n_fc]      chunk ids, all below head_dim / 2, no duplicate
- * bits   u8   [n_fc]      2, 4 or 8
+ * bits   u8   [n_fc]      1, 2, 4 or 8
  * center f32  [head_dim]  or NULL for zeros; shifts every score of a query equally, so it never changes a ranking
  * scale  f32  [head_dim]  or NULL for ones
  * requires: head_dim even, 2..256; n_rot even, 2..head_dim */
@@ -168,7 +168,7 @@ const char * fasa_reason_text(int32_t reason); /* a sentence */
 
 /* Layers may have fewer KV heads than n_head_kv: the rows of the others are not used.
  * chunks u16  [n_ranked, n_head_kv, n_layer]  ranked best first; n_fc can be lowered at run time
- * bits   u8   [n_ranked, n_head_kv, n_layer]  2, 4 or 8; 0: this and all later ranks are unused
+ * bits   u8   [n_ranked, n_head_kv, n_layer]  1, 2, 4 or 8; 0: this and all later ranks are unused
  * center f32  [head_dim, n_head_kv, n_layer]  or NULL
  * scale  f32  [head_dim, n_head_kv, n_layer]  or NULL */
 typedef struct fasa_profile {
@@ -188,7 +188,7 @@ typedef struct fasa_config {
     int32_t enabled;
     int32_t budget;   /* cells attended per query head; at least 1 */
     int32_t n_fc;     /* chunks of the profile in use; 0: all ranked */
-    int32_t bits;     /* 2, 4 or 8 for all chunks in use; 0: those of the profile */
+    int32_t bits;     /* 1, 2, 4 or 8 for all chunks in use; 0: those of the profile */
     int32_t min_ctx;  /* visible cells of its longest row below which a node stays dense */
     int32_t max_rows; /* query rows per stream above which a node is prefill; 0..64 */
     int32_t sinks;    /* first visible cells in the order of writing, always selected */
@@ -256,6 +256,28 @@ fasa_status fasa_session_reset(fasa_session * session); /* counters and timings 
 
 /* The side index is dropped and rebuilt from the K cache at the next use. */
 fasa_status fasa_session_invalidate(fasa_session * session);
+
+/* ---- scores from outside, for evaluation ---- */
+
+/* One query row of a replaced node, in place of score. Keys and queries are in the basis in which RoPE acts. */
+typedef struct fasa_scoring {
+    int32_t          layer, head_dim, n_head, n_head_kv;
+    int64_t          n_block;       /* blocks up to the last visible cell */
+    int64_t          n_cell;        /* cells that have keys, at most 64 * n_block */
+    int64_t          first_changed; /* keys before this cell are those of the layer's last call */
+    int64_t          key_stride;    /* floats from a KV head to the next */
+    const float *    q;             /* f32 [head_dim, n_head] */
+    const float *    keys;          /* f32 [head_dim, n_cell, n_head_kv] */
+    const uint64_t * visible;       /* u64 [n_block] */
+    float *          scores;        /* f32 [64 * n_block, n_head] out, -inf before; what hidden cells get is ignored */
+} fasa_scoring;
+
+/* 0, or anything else for a failure: the row then attends to all that it sees. Called on a worker thread inside the
+ * decode call, where the session cannot be asked anything. */
+typedef int32_t (*fasa_scorer)(void * user, const fasa_scoring * scoring);
+
+/* From the next graph on; NULL: the side index scores again. A profile is needed all the same. */
+fasa_status fasa_session_set_scorer(fasa_session * session, fasa_scorer scorer, void * user);
 
 /* Captured queries of a layer since the last clear: RoPE basis, oldest row first.
  * out f32 [head_dim, n_head, n_rows]; NULL asks for the sizes only. */

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "half.h"
 #include "status.h"
 
 namespace fasa {
@@ -12,11 +11,11 @@ namespace fasa {
 namespace {
 
 // Step of a uniform quantizer with 4 levels for Gaussian values, in units of their standard deviation; it minimizes
-// the mean square error (Max 1960). More levels start from the largest value instead.
+// the mean square error (Max 1960). With 2 levels it does not matter.
 constexpr float kGaussStep2 = 0.9957f;
 
 struct Codes {
-    float   step;
+    uint8_t step; // of step_code
     uint8_t u[kMaxSlots];
 };
 
@@ -31,27 +30,31 @@ void round_codes(const float * x, int32_t n, int32_t bits, float step, uint8_t *
     }
 }
 
-// Codes of one segment's values, then the step that fits them best: least squares, sum(x l) / sum(l l).
-Codes quantize(const float * x, int32_t n, int32_t bits) {
-    Codes codes;
-    float peak   = 0.0f;
-    float square = 0.0f;
+// 4 and 8 bits: the least step that reaches the largest value.
+void quantize_finely(const float * x, int32_t n, int32_t bits, Codes * out) {
+    float peak = 0.0f;
     for (int32_t i = 0; i < n; ++i) {
         peak = std::max(peak, std::fabs(x[i]));
+    }
+    const float step = peak / (0.5f * static_cast<float>((1 << bits) - 1));
+    out->step        = step_code(step);
+    out->step        = static_cast<uint8_t>(out->step + (step_value(out->step) < step && out->step < 255 ? 1 : 0));
+    round_codes(x, n, bits, step_value(out->step), out->u);
+}
+
+// 1 and 2 bits: codes by the spread of the values, then the step that keeps the entry's projection on the key,
+// sum(x x) / sum(x l). Least squares would shrink what fits badly, and rank cells by how well they fit.
+void quantize_coarsely(const float * x, int32_t n, int32_t bits, Codes * out) {
+    float square = 0.0f;
+    for (int32_t i = 0; i < n; ++i) {
         square += x[i] * x[i];
     }
-    const float middle = 0.5f * static_cast<float>((1 << bits) - 1);
-    codes.step         = bits == 2 ? kGaussStep2 * std::sqrt(square / static_cast<float>(n)) : peak / middle;
-    round_codes(x, n, bits, codes.step, codes.u);
+    round_codes(x, n, bits, kGaussStep2 * std::sqrt(square / static_cast<float>(n)), out->u);
     float xl = 0.0f;
-    float ll = 0.0f;
     for (int32_t i = 0; i < n; ++i) {
-        const float level = static_cast<float>(codes.u[i]) - middle;
-        xl += x[i] * level;
-        ll += level * level;
+        xl += x[i] * (static_cast<float>(out->u[i]) - 0.5f * static_cast<float>((1 << bits) - 1));
     }
-    codes.step = xl > 0.0f ? xl / ll : 0.0f;
-    return codes;
+    out->step = step_code(xl > 0.0f ? square / xl : 0.0f);
 }
 
 void check_shape(int32_t head_dim, int32_t n_rot, int32_t rope) {
@@ -81,12 +84,12 @@ Layout::Layout(int32_t head_dim, int32_t n_rot, int32_t rope, int32_t n_fc, cons
             fail(FASA_STATUS_ARGUMENT, "Chunk %d is %s; ids must be different and below head_dim / 2 = %d.", fc[i],
                  fc[i] >= head_dim / 2 ? "out of range" : "listed twice", head_dim / 2);
         }
-        if (bits[i] != 2 && bits[i] != 4 && bits[i] != 8) {
-            fail(FASA_STATUS_ARGUMENT, "Chunk %d has %d bits; 2, 4 and 8 exist.", fc[i], bits[i]);
+        if (!width_exists(bits[i])) {
+            fail(FASA_STATUS_ARGUMENT, "Chunk %d has %d bits; 1, 2, 4 and 8 exist.", fc[i], bits[i]);
         }
         seen[fc[i]] = true;
     }
-    for (const int32_t width : {8, 4, 2}) {
+    for (const int32_t width : kWidths) {
         const int32_t first = n_slot();
         for (int32_t i = 0; i < n_fc; ++i) {
             if (bits[i] != width) {
@@ -100,7 +103,8 @@ Layout::Layout(int32_t head_dim, int32_t n_rot, int32_t rope, int32_t n_fc, cons
         if (n_slot() == first) {
             continue;
         }
-        dims.resize((dims.size() + 3) / 4 * 4, kNoDim);
+        const int32_t unit = width == 1 ? 8 : 4;
+        dims.resize(first + (n_slot() - first + unit - 1) / unit * unit, kNoDim);
         const int32_t n_quad = (n_slot() - first) / 4;
         segments.push_back({width, n_quad, first, block_bytes});
         block_bytes += kStepsBytes + n_quad * quad_bytes(width);
@@ -130,14 +134,14 @@ void Layout::write(const float * key, uint8_t * block, int32_t cell) const {
             }
             x[i] = (key[dims[slot]] - center[slot]) / scale[slot];
         }
-        Codes          codes = quantize(x, n_used, segment.bits);
-        const uint16_t step  = float_to_half(std::min(codes.step, 65504.0f));
-        uint8_t *      steps = block + segment.offset;
-        std::memcpy(steps + 2 * cell, &step, sizeof(step));
+        Codes codes;
+        (segment.bits >= 4 ? quantize_finely : quantize_coarsely)(x, n_used, segment.bits, &codes);
+        uint8_t * steps = block + segment.offset;
+        steps[cell]     = codes.step;
         const uint32_t mask = (1u << segment.bits) - 1u;
         for (int32_t i = 0; i < n; ++i) {
-            const CodePlace at   = code_place(segment.bits, cell, i % 4);
-            uint8_t *       byte = steps + kStepsBytes + (i / 4) * quad_bytes(segment.bits) + at.byte;
+            const CodePlace at   = code_place(segment.bits, i, cell);
+            uint8_t *       byte = steps + kStepsBytes + at.byte;
             const uint32_t  code = i < n_used ? codes.u[i] : 0u;
             *byte                = static_cast<uint8_t>((*byte & ~(mask << at.shift)) | (code << at.shift));
         }

@@ -17,17 +17,15 @@ double score_cell(const Layout & layout, const float * q, const uint8_t * block,
     double score = 0;
     for (const Segment & segment : layout.segments) {
         const uint8_t * steps = block + segment.offset;
-        uint16_t        half;
-        std::memcpy(&half, steps + 2 * cell, sizeof(half));
-        const double step   = half_to_float(half);
+        const double    step   = step_value(steps[cell]);
         const double middle = 0.5 * ((1 << segment.bits) - 1);
         for (int32_t i = 0; i < 4 * segment.n_quad; ++i) {
             const int32_t slot = segment.slot + i;
             if (layout.dims[slot] == Layout::kNoDim) {
                 continue;
             }
-            const CodePlace at   = code_place(segment.bits, cell, i % 4);
-            const uint8_t   byte = steps[kStepsBytes + (i / 4) * quad_bytes(segment.bits) + at.byte];
+            const CodePlace at   = code_place(segment.bits, i, cell);
+            const uint8_t   byte = steps[kStepsBytes + at.byte];
             const int32_t   code = (byte >> at.shift) & ((1 << segment.bits) - 1);
             score += static_cast<double>(q[layout.dims[slot]]) * layout.scale[slot] * step * (code - middle);
         }

@@ -38,8 +38,8 @@ void check_config(const fasa_config & c) {
         fail(FASA_STATUS_ARGUMENT, "n_fc is %d; 1 to %d chunks, or 0 for all that the profile ranks.", c.n_fc,
              FASA_MAX_HEAD_DIM / 2);
     }
-    if (c.bits != 0 && c.bits != 2 && c.bits != 4 && c.bits != 8) {
-        fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 2, 4 or 8 bits exist.", c.bits);
+    if (c.bits != 0 && !width_exists(c.bits)) {
+        fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 1, 2, 4 or 8 bits exist.", c.bits);
     }
     if (c.max_rows < 0 || c.max_rows > FASA_MAX_ROWS) {
         fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 0 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
@@ -86,6 +86,13 @@ void Session::configure(const fasa_config & config) {
     }
     config_  = config;
     kernels_ = &kernels;
+}
+
+void Session::set_scorer(fasa_scorer scorer, void * user) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    refuse_while_running("The scorer");
+    scorer_      = scorer;
+    scorer_user_ = user;
 }
 
 // ---- around a graph ------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ fasa_reason Session::prepare(ggml_tensor * node) {
 
 // SPARSE when layer.index serves the node.
 fasa_reason Session::prepare_index(const Plan & plan, Layer & layer) {
-    if (layer.index != nullptr && layer.index->serves(plan, layouts_.get())) {
+    if (layer.index != nullptr && layer.index->serves(plan, layouts_.get(), scorer_ != nullptr)) {
         return FASA_REASON_SPARSE;
     }
     const SideIndex * old = layer.index.get();
@@ -211,7 +218,7 @@ fasa_reason Session::prepare_index(const Plan & plan, Layer & layer) {
     }
     try {
         layer.index.reset(); // both at once could be the one that does not fit
-        layer.index = std::make_unique<SideIndex>(plan, layouts_);
+        layer.index = std::make_unique<SideIndex>(plan, layouts_, scorer_ != nullptr);
     } catch (const std::bad_alloc &) {
         return FASA_REASON_NO_MEMORY;
     }
@@ -291,6 +298,8 @@ void Session::complete_work() {
         w.bytes_attended      = &bytes_attended_;
         w.n_indexed           = &n_indexed_;
         w.n_verify_failures   = &n_verify_failures_;
+        w.scorer              = scorer_;
+        w.scorer_user         = scorer_user_;
         const ggml_tensor * q = w.node->src[0];
         if (w.index == nullptr) {
             Captured &   c   = captured_[w.plan.layer];
@@ -302,7 +311,7 @@ void Session::complete_work() {
         } else {
             for (const Row & row : w.plan.rows) {
                 counters_.cells_visible += row.visible->n_cell * w.plan.n_head;
-                counters_.bytes_scored += row.attend_all ? 0 : row.visible->n_block * w.index->block_bytes();
+                counters_.bytes_scored += row.attend_all || scorer_ != nullptr ? 0 : row.visible->n_block * w.index->block_bytes();
             }
             for (const int64_t n_block : w.plan.n_block) {
                 counters_.cells_verified += config_.verify != 0 ? n_block * FASA_BLOCK_CELLS : 0;

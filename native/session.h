@@ -35,6 +35,7 @@ class Session {
     fasa_timings  timings() const;
     void          reset();
     void          invalidate();
+    void          set_scorer(fasa_scorer scorer, void * user);
     void          captured(int32_t layer, int32_t * head_dim, int32_t * n_head, int64_t * n_rows, float * out) const;
     void          captured_clear();
     void keys(int32_t layer, int64_t c0, int64_t c1, int32_t * head_dim, int32_t * n_head_kv, float * out) const;
@@ -79,6 +80,8 @@ class Session {
     std::shared_ptr<const Profile::Layouts>     layouts_;
     fasa_config                                 config_  = {};
     const Kernels *                             kernels_ = nullptr;
+    fasa_scorer                                 scorer_  = nullptr;
+    void *                                      scorer_user_ = nullptr;
     std::map<int32_t, Layer>                    layers_; // by layer number
     std::map<int32_t, Captured>                 captured_;
     SlidingWindows                              windows_;

@@ -8,7 +8,7 @@
 
 namespace fasa {
 
-SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts)
+SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts, bool keep_keys)
     : root_(plan.k_root), root_data_(plan.k_root->data), layer_(plan.layer), n_head_kv_(plan.n_head_kv),
       head_dim_(static_cast<int32_t>(plan.k->ne[0])), type_(plan.k->type), rotation_(plan.rotation),
       n_stream_(root_->ne[2]), n_cell_(root_->ne[1]),
@@ -19,11 +19,14 @@ SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> 
     for (int32_t h = 0; h < n_head_kv_; ++h) {
         data_.push_back(make_aligned<uint8_t>(n_block * layout(h).block_bytes));
     }
+    if (keep_keys) {
+        keys_ = make_aligned<float>(n_stream_ * n_cell_ * n_head_kv_ * head_dim_);
+    }
     dirty_.assign(n_block, ~uint64_t{0});
 }
 
-bool SideIndex::serves(const Plan & plan, const Profile::Layouts * layouts) const {
-    return root_ == plan.k_root && root_data_ == plan.k_root->data && layouts_.get() == layouts &&
+bool SideIndex::serves(const Plan & plan, const Profile::Layouts * layouts, bool keep_keys) const {
+    return keep_keys == (keys_ != nullptr) && root_ == plan.k_root && root_data_ == plan.k_root->data && layouts_.get() == layouts &&
            n_stream_ == root_->ne[2] && n_cell_ == root_->ne[1] && n_head_kv_ == plan.n_head_kv &&
            head_dim_ == static_cast<int32_t>(plan.k->ne[0]) && type_ == static_cast<int32_t>(plan.k->type) &&
            rotation_ == plan.rotation && row_bytes_ == static_cast<int64_t>(root_->nb[1]) &&
@@ -59,6 +62,16 @@ bool SideIndex::mark_bytes(const void * first, size_t size) {
     return touched;
 }
 
+int64_t SideIndex::first_dirty(int64_t stream, int64_t n_block) const {
+    const uint64_t * words = dirty_.data() + stream * blocks_per_stream_;
+    for (int64_t b = 0; b < n_block; ++b) {
+        if (words[b] != 0) {
+            return b * FASA_BLOCK_CELLS + __builtin_ctzll(words[b]);
+        }
+    }
+    return n_cell_;
+}
+
 void SideIndex::clear_marks(int64_t stream, int64_t n_block) {
     std::fill_n(dirty_.begin() + stream * blocks_per_stream_, n_block, uint64_t{0});
 }
@@ -83,6 +96,10 @@ int64_t SideIndex::refresh(const Part & part) {
             for (int32_t h = part.h0; h < part.h1; ++h) {
                 read_key(part.stream, b * FASA_BLOCK_CELLS + c, h, key);
                 layout(h).write(key, block_of(part.stream, b, h), c);
+                if (keys_ != nullptr) {
+                    const int64_t at = (h * n_stream_ + part.stream) * n_cell_ + b * FASA_BLOCK_CELLS + c;
+                    std::copy_n(key, head_dim_, keys_.get() + at * head_dim_);
+                }
             }
             ++n;
         }

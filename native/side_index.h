@@ -16,11 +16,11 @@ namespace fasa {
 
 class SideIndex {
   public:
-    // Of a node that plan() accepted.
-    SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts);
+    // Of a node that plan() accepted. keep_keys: a copy of the keys as floats beside it, for scores from outside.
+    SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts, bool keep_keys);
 
     // False when the cache tensor behind a node or the layouts are not those this index was built for.
-    bool serves(const Plan & plan, const Profile::Layouts * layouts) const;
+    bool serves(const Plan & plan, const Profile::Layouts * layouts, bool keep_keys) const;
 
     void mark_all();
     void mark_cell(int64_t cell);                      // as SET_ROWS numbers them, through all streams
@@ -43,6 +43,13 @@ class SideIndex {
     const uint8_t * blocks(int64_t stream, int32_t head) const {
         return data_[head].get() + stream * blocks_per_stream_ * layout(head).block_bytes;
     }
+    // f32 [head_dim, n_cell] of a stream and KV head in the RoPE basis, where they are kept.
+    const float * keys(int64_t stream, int32_t head) const {
+        return keys_.get() + (head * n_stream_ + stream) * n_cell_ * head_dim_;
+    }
+    int64_t n_cell() const { return n_cell_; }
+    int64_t first_dirty(int64_t stream, int64_t n_block) const; // a cell; n_cell() when none is
+
     int64_t bytes() const;
     int64_t block_bytes() const; // of all KV heads
 
@@ -61,6 +68,7 @@ class SideIndex {
     int64_t                                 row_bytes_, head_bytes_;
     std::shared_ptr<const Profile::Layouts> layouts_;
     std::vector<Aligned<uint8_t>>           data_;  // per KV head, stream by stream
+    Aligned<float>                          keys_;  // see keys()
     std::vector<uint64_t>                   dirty_; // a word per block, bit c: its cell c
 };
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyfasa.attach import Attachment
 from pyfasa.errors import ProfileError
-from pyfasa.native import Config, Counters, Session, Timings, check_config
+from pyfasa.native import Config, Counters, Scorer, Session, Timings, check_config
 from pyfasa.profile import Profile
 
 
@@ -25,7 +25,7 @@ def make_config(
 ) -> Config:
     """Settings as users give them: n_fc and index_bits None are the profile's own, min_ctx None is twice the budget."""
     if index_bits is not None and _whole("index_bits", index_bits) == 0:
-        raise ValueError("index_bits is 0; 2, 4 or 8 bits exist, or None for those of the profile.")
+        raise ValueError("index_bits is 0; 1, 2, 4 or 8 bits exist, or None for those of the profile.")
     if n_fc is not None and _whole("n_fc", n_fc) < 1:
         raise ValueError(
             f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number."
@@ -55,7 +55,7 @@ class Fasa:
     """State and settings of FASA in one ``pyfasa.Llama``; reach it as ``llm.fasa``.
 
     Settings take effect with the next decoded token: ``budget`` (cells attended per query head), ``n_fc`` (chunks
-    scored; None: the profile's own number), ``index_bits`` (2, 4 or 8 for all chunks; None: the profile's own),
+    scored; None: the profile's own number), ``index_bits`` (1, 2, 4 or 8 for all chunks; None: the profile's own),
     ``min_ctx`` (visible cells below which a token is dense), ``max_rows`` (query rows up to which a batch is decoding),
     ``sinks`` and ``recent`` (first and last visible tokens, always attended), ``enabled``, ``verify`` (recompute the
     side index before each use and compare; slow). A value out of range raises ValueError and changes nothing.
@@ -241,6 +241,14 @@ class Fasa:
         session = self._live()
         with self._for_now(capture=True):
             yield session
+
+    def scoring(self, scorer: Scorer) -> AbstractContextManager[None]:
+        """Inside the block ``scorer`` scores the cells in place of the side index; for evaluation, slow.
+
+        It is called once per layer and decoded row, on the same K cache, and select and attend go on from its scores.
+        An exception in it is raised at the end of the block; until then rows attend to everything they see.
+        """
+        return self._live().scoring(scorer)
 
     def prefilling(self) -> AbstractContextManager[None]:
         """Inside the block every batch is a part of a prompt, also a last one of few rows: dense."""

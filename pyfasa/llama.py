@@ -41,7 +41,7 @@ class Llama(llama_cpp.Llama):
         ``<model>-fasa.gguf`` beside it, else dense decoding with one warning. False: dense.
     budget : cells that each query head attends per decoded token.
     n_fc : chunks scored per KV head; None is the profile's own number.
-    index_bits : 2, 4 or 8 bits per scored dim instead of the profile's own; fewer are faster and smaller.
+    index_bits : 1, 2, 4 or 8 bits per scored dim instead of the profile's own; fewer are faster and smaller.
     min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget.
     max_rows : tokens in one batch (of one sequence, or of several in one cache) up to which it is decoding, 0 to 64;
         above it is prefill and dense.

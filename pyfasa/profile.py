@@ -27,7 +27,7 @@ VERSION = 1
 KEY_PREFIX = "pyfasa."
 VERSION_KEY = "pyfasa.version"
 SIDECAR_TYPE = "fasa-profile"
-BITS = (8, 4, 2)  # the order of the segments of an index row
+BITS = (8, 4, 2, 1)  # the order of the segments of an index row
 MAX_HEAD_DIM = 256
 
 # Field -> key. What a reader of a metadata dump wants to know first comes first.
@@ -51,7 +51,7 @@ class Profile:
     """Calibrated chunks of one model. Immutable and always valid; equal when all keys are equal.
 
     chunks u16 [n_layer, n_head_kv, n_ranked]  chunk ids, best first
-    bits   u8  [n_layer, n_head_kv, n_ranked]  2, 4 or 8; 0: this and all later ranks are unused
+    bits   u8  [n_layer, n_head_kv, n_ranked]  1, 2, 4 or 8; 0: this and all later ranks are unused
     center f32 [n_layer, n_head_kv, head_dim]  mean of the keys per channel, in the RoPE basis
     scale  f32 [n_layer, n_head_kv, head_dim]  size of a channel, > 0
     n_fc           chunks in use by default, at most n_ranked
@@ -109,9 +109,9 @@ class Profile:
                 _validate_channels(name, array, model)
 
     def with_bits(self, bits: int) -> Profile:
-        """The same chunks with `bits` bits each: 2, 4 or 8."""
+        """The same chunks with `bits` bits each: 1, 2, 4 or 8."""
         if bits not in BITS:
-            raise ProfileError(f"bits is {bits}; the side index has 2, 4 and 8 bits per dim.")
+            raise ProfileError(f"bits is {bits}; the side index has 1, 2, 4 and 8 bits per dim.")
         return replace(self, bits=np.where(self.bits > 0, np.uint8(bits), np.uint8(0)))
 
     def with_n_fc(self, n_fc: int) -> Profile:
@@ -121,16 +121,16 @@ class Profile:
     def bytes_per_cell(self, n_fc: int | None = None) -> npt.NDArray[np.int64]:
         """Bytes of the side index for one cell, [n_layer, n_head_kv].
 
-        Each number of bits in use costs a segment: an f16 step, and its chunks padded to an even
-        number. n_fc: the first so many ranks count; None: the profile's own n_fc.
+        Each number of bits in use costs a segment: a step of one byte, and its chunks padded to an
+        even number, with 1 bit to four. n_fc: the first so many ranks count; None: the profile's.
         """
         n_fc = self.n_fc if n_fc is None else n_fc
         used = self.with_n_fc(n_fc).bits[:, :, :n_fc]
         total = np.zeros(used.shape[:2], np.int64)
         for bits in BITS:
             count = (used == bits).sum(axis=2, dtype=np.int64)
-            padded = count + count % 2
-            total += np.where(count > 0, 2 + padded * 2 * bits // 8, 0)
+            padded = count + -count % (4 if bits == 1 else 2)
+            total += np.where(count > 0, 1 + padded * 2 * bits // 8, 0)
         return total
 
     def check_model(self, model: ModelIdentity) -> None:
@@ -388,7 +388,7 @@ def _validate_chunks(
     # Unused ranks get ids that nothing else has, so that equal neighbours are real duplicates.
     ids = np.sort(np.where(used, chunks, np.arange(chunks.shape[2]) + 2**16), axis=2)
     for wrong, text in (
-        (~np.isin(bits, (0, *BITS)), "{bits} bits; 2, 4 and 8 exist, and 0 for unused"),
+        (~np.isin(bits, (0, *BITS)), "{bits} bits; 1, 2, 4 and 8 exist, and 0 for unused"),
         (used[:, :, 1:] & ~used[:, :, :-1], "a chunk in use after an unused rank"),
         (used & (chunks >= limit), f"chunk {{chunk}}; head_dim {2 * limit} has 0 to {limit - 1}"),
         (ids[:, :, 1:] == ids[:, :, :-1], "the same chunk twice"),

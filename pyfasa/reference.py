@@ -77,19 +77,39 @@ class Row:
         return values
 
 
+def round_steps(steps: F32, *, up: bool = False) -> F32:
+    """To a byte of 4 exponent and 4 mantissa bits, from 2^-8 to 248: the nearest such number, or the next above."""
+    offset = np.uint32(119 << 23)
+    kept = np.clip(steps, 2.0**-8, 248).astype(np.float32).view(np.uint32) - offset
+    half = np.uint32((1 << 19) - 1 if up else 1 << 18)
+    codes = np.minimum((kept + half) >> np.uint32(19), 255)
+    rounded: F32 = ((codes << np.uint32(19)) + offset).astype(np.uint32).view(np.float32)
+    return rounded
+
+
+def _codes(x: F32, bits: int, steps: F32) -> F32:
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
+    middle = np.float32((2**bits - 1) / 2)
+    codes: F32 = np.clip(np.rint(x * inverse[:, None] + middle), 0, 2**bits - 1)
+    return codes
+
+
 def quantize(x: F32, dims: Ints, bits: int) -> Row:
-    """Codes and steps of x (n, n_dim): x ~ step * (code - (2^bits - 1) / 2), the step refined by least squares."""
+    """Codes and steps of x (n, n_dim): x ~ step * (code - (2^bits - 1) / 2).
+
+    4 and 8 bits: the least step that reaches the largest value. 1 and 2 bits: codes by the spread of the values, then
+    the step that keeps the projection of the entry on x, sum(x x) / sum(x level), as in RaBitQ (arXiv 2405.12497);
+    least squares would shrink a cell by how badly its codes fit, and rank cells by it.
+    """
     middle = (2**bits - 1) / 2
-    if bits == 2:
-        step = np.float32(GAUSS_STEP_2_BITS) * np.sqrt(np.mean(np.square(x), axis=1))
-    else:
-        step = np.max(np.abs(x), axis=1) / np.float32(middle)
-    inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
-    codes = np.clip(np.rint(x * inverse[:, None] + np.float32(middle)), 0, 2**bits - 1)
-    levels = codes - middle
-    fit = (x * levels).sum(axis=1)
-    steps = np.where(fit > 0, fit / np.square(levels).sum(axis=1), 0).astype(np.float16)
-    return Row(dims, bits, codes.astype(np.uint8), steps.astype(np.float32))
+    if bits >= 4:
+        steps = round_steps(np.max(np.abs(x), axis=1) / np.float32(middle), up=True)
+        return Row(dims, bits, _codes(x, bits, steps).astype(np.uint8), steps)
+    square = np.square(x).sum(axis=1)
+    codes = _codes(x, bits, np.float32(GAUSS_STEP_2_BITS) * np.sqrt(square / x.shape[1]))
+    along = (x * (codes - np.float32(middle))).sum(axis=1)
+    steps = np.divide(square, along, out=np.zeros_like(square), where=along > 0)
+    return Row(dims, bits, codes.astype(np.uint8), round_steps(steps))
 
 
 def index_rows(
@@ -104,7 +124,7 @@ def index_rows(
     x = keys if center is None else keys - center
     x = x if scale is None else x / scale
     rows = []
-    for width in (8, 4, 2):
+    for width in (8, 4, 2, 1):
         members = chunks[bits == width].astype(np.int64)
         if len(members):
             kept = dims[members].reshape(-1)

@@ -60,7 +60,7 @@ GOOD = make_profile()
         ({"chunks": GOOD.chunks[:1]}, r"chunks has the shape \(1, 2, 8\); .*\(2, 2\)"),
         ({"chunks": GOOD.chunks[:, :, :0], "bits": GOOD.bits[:, :, :0]}, "n_ranked is at least 1"),
         ({"bits": GOOD.bits[:, :, :4]}, r"bits has the shape \(2, 2, 4\), chunks has \(2, 2, 8\)"),
-        ({"bits": edited(GOOD.bits, (1, 1, 7), 3)}, "Layer 1, KV head 1 has 3 bits; 2, 4 and 8"),
+        ({"bits": edited(GOOD.bits, (1, 1, 7), 3)}, "Layer 1, KV head 1 has 3 bits; 1, 2, 4 and 8"),
         ({"bits": edited(GOOD.bits, (1, 1, 2), 0)}, "in use after an unused rank"),
         (
             {"center": edited(GOOD.center, (0, 1, 5), np.nan)},
@@ -118,7 +118,7 @@ def test_a_key_that_is_missing_or_of_another_kind_is_named(key: str, tmp_path: P
         ("pyfasa.chunks", np.zeros(32, np.uint16), "same chunk twice"),
         ("pyfasa.chunks", np.full(32, 8, np.uint16), "chunk 8; head_dim 16 has 0 to 7"),
         ("pyfasa.chunks", GOOD.chunks.ravel() + 0.5, "chunks holds float64 values"),
-        ("pyfasa.bits", np.full(32, 3, np.uint8), "Layer 0, KV head 0 has 3 bits; 2, 4 and 8"),
+        ("pyfasa.bits", np.full(32, 3, np.uint8), "Layer 0, KV head 0 has 3 bits; 1, 2, 4 and 8"),
         ("pyfasa.bits", np.full(32, -4, np.int8), "bits holds -4 to -4; its values are 0 to 255"),
         ("pyfasa.center", np.full(64, -np.inf, np.float32), "center .* is -inf"),
         (

@@ -207,7 +207,7 @@ def edited(array: Any, place: tuple[int, ...], value: float) -> Any:
     [
         ("chunks", 32, "Chunk 32 is out of range; .* below head_dim / 2 = 32"),
         ("chunks", 65535, "Chunk 65535 is out of range"),
-        ("bits", 3, "has 3 bits; 2, 4 and 8 exist"),
+        ("bits", 3, "has 3 bits; 1, 2, 4 and 8 exist"),
         ("bits", 255, "has 255 bits"),
         ("center", np.nan, "center nan and scale 1; they must be finite"),
         ("center", -np.inf, "center -inf"),

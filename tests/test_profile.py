@@ -139,7 +139,7 @@ def test_with_bits_leaves_unused_ranks_unused() -> None:
     bits[1, 0, 5:] = 0
     found = make_profile(bits=bits).with_bits(2)
     np.testing.assert_array_equal(found.bits, bits // 2)
-    with pytest.raises(ProfileError, match="bits is 3; the side index has 2, 4 and 8"):
+    with pytest.raises(ProfileError, match="bits is 3; the side index has 1, 2, 4 and 8"):
         found.with_bits(3)
 
 
@@ -153,7 +153,7 @@ def test_with_n_fc_keeps_the_ranking() -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "n_fc", "bits", "n_bytes"),
-    [(64, 16, 2, 10), (64, 16, 4, 18), (128, 32, 2, 18), (128, 32, 4, 34), (64, 8, 8, 18)],
+    [(64, 16, 1, 5), (64, 16, 2, 9), (64, 16, 4, 17), (128, 32, 2, 17), (128, 32, 4, 33), (64, 8, 8, 17)],
 )
 def test_bytes_per_cell_of_even_rows(head_dim: int, n_fc: int, bits: int, n_bytes: int) -> None:
     profile = make_profile(make_identity(head_dim=head_dim, n_rot=head_dim), bits)
@@ -162,12 +162,14 @@ def test_bytes_per_cell_of_even_rows(head_dim: int, n_fc: int, bits: int, n_byte
 
 def test_bytes_per_cell_of_mixed_rows() -> None:
     bits = np.zeros((2, 2, 8), int)
-    bits[0, 0, :6] = 8, 8, 8, 4, 4, 2  # (2 + 8) + (2 + 2) + (2 + 1)
+    bits[0, 0, :6] = 8, 8, 8, 4, 4, 2  # (1 + 8) + (1 + 2) + (1 + 1)
     bits[0, 1, :6] = 2, 8, 8, 4, 8, 4  # the order of the ranks does not matter
-    bits[1, 0, :1] = 8  # one chunk is padded to two: 2 + 4
+    bits[1, 0, :1] = 8  # one chunk is padded to two: 1 + 4
     profile = make_profile(bits=bits, n_fc=6)
-    assert profile.bytes_per_cell().tolist() == [[17, 17], [6, 0]]
-    assert profile.bytes_per_cell(1).tolist() == [[6, 3], [6, 0]]
+    assert profile.bytes_per_cell().tolist() == [[14, 14], [5, 0]]
+    assert profile.bytes_per_cell(1).tolist() == [[5, 2], [5, 0]]
+    bits[1, 1, :5] = 1  # five chunks are padded to eight: 1 + 2
+    assert make_profile(bits=bits, n_fc=6).bytes_per_cell()[1, 1] == 3
 
 
 def test_a_sidecar_is_a_gguf_file_of_its_own_type(tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ struct V : Codes256 {
     static F load_f16(const uint8_t * p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
     }
+    static F load_steps(const uint8_t * p) {
+        const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+        return _mm256_castsi256_ps(
+            _mm256_add_epi32(_mm256_slli_epi32(codes, 19), _mm256_set1_epi32(static_cast<int>(kStepOffset))));
+    }
     static F load_f32(const uint8_t * p) { return _mm256_loadu_ps(reinterpret_cast<const float *>(p)); }
     static F load_bf16(const uint8_t * p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
@@ -102,8 +107,8 @@ struct V : Codes256 {
     }
     static void store_peaks(float * p, F a) { store(p, a); }
 
-    // Products of a pair stay below 2 * 3 * 127, 2 * 15 * 127, 2 * 255 * 64: this many fit into int16.
-    static int   max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
+    // Products of a pair stay below 2 * 127, 2 * 3 * 127, 2 * 15 * 127, 2 * 255 * 64: this many fit into int16.
+    static int   max_macs(int bits) { return bits == 1 ? 129 : bits == 2 ? 43 : bits == 4 ? 8 : 1; }
     static Acc   acc_zero() { return _mm256_setzero_si256(); }
     static Bytes load_bytes(const uint8_t * p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
     static Bytes field(Bytes a, int shift, int mask) {

@@ -45,6 +45,11 @@ struct V : Codes256 {
     static F load_f16(const uint8_t * p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     }
+    static F load_steps(const uint8_t * p) {
+        const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+        return _mm512_castsi512_ps(
+            _mm512_add_epi32(_mm512_slli_epi32(codes, 19), _mm512_set1_epi32(static_cast<int>(kStepOffset))));
+    }
     static F load_f32(const uint8_t * p) { return _mm512_loadu_ps(p); }
     static F load_bf16(const uint8_t * p) {
         const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));

@@ -48,6 +48,13 @@ struct V {
     static F load_f16(const uint8_t * p) {
         return each([=](int i) { return half(p + 2 * i); });
     }
+    static F load_steps(const uint8_t * p) {
+        typedef uint8_t  Bytes8 __attribute__((vector_size(8)));
+        typedef uint32_t Words __attribute__((vector_size(32)));
+        Bytes8           codes;
+        std::memcpy(&codes, p, sizeof(codes));
+        return reinterpret_cast<F>((__builtin_convertvector(codes, Words) << 19) + kStepOffset);
+    }
     static F load_f32(const uint8_t * p) {
         F r;
         std::memcpy(&r, p, sizeof(r));
@@ -124,7 +131,7 @@ struct V {
     static void    store_peaks(float * p, const F & a) { store(p, a); }
 
     // As many products as stay inside int16; see avx2.cpp.
-    static int   max_macs(int bits) { return bits == 2 ? 43 : bits == 4 ? 8 : 1; }
+    static int   max_macs(int bits) { return bits == 1 ? 129 : bits == 2 ? 43 : bits == 4 ? 8 : 1; }
     static Acc   acc_zero() { return Acc{}; }
     static Bytes load_bytes(const uint8_t * p) {
         Bytes r;

@@ -4,15 +4,17 @@
 // byte products accumulate in V::Acc and are widened before they could overflow. Work is 1 multiply-accumulate
 // instruction (2 on AVX2) per 4 * V::W code bytes and query; reads are block_bytes / 64 per cell, once per query tile.
 
-template <int BITS> static inline void unpack(const uint8_t * quad, int half, typename V::Bytes * codes) {
-    constexpr int NG = 16 / V::W; // vectors per group of 16 cells
+// Codes of quad j for the cells of a half block. With 1 bit, quads 2i and 2i + 1 share their bytes.
+template <int BITS> static inline void unpack(const uint8_t * quads, int j, int half, typename V::Bytes * codes) {
+    constexpr int   NG   = 16 / V::W; // vectors per group of 16 cells
+    const uint8_t * quad = quads + (BITS == 1 ? j / 2 * 64 : j * FASA_BLOCK_CELLS * 4 * BITS / 8);
     if constexpr (BITS == 8) {
         for (int v = 0; v < 2 * NG; ++v) {
             codes[v] = V::load_bytes(quad + 128 * half + 4 * V::W * v);
         }
     } else {
         constexpr int kMask = (1 << BITS) - 1;
-        const int     shift = BITS == 4 ? 0 : 4 * half;
+        const int     shift = BITS == 4 ? 0 : BITS == 2 ? 4 * half : 4 * (j % 2) + 2 * half;
         const auto *  raw   = quad + (BITS == 4 ? 64 * half : 0);
         for (int v = 0; v < NG; ++v) {
             const typename V::Bytes bytes = V::load_bytes(raw + 4 * V::W * v);
@@ -28,7 +30,7 @@ static inline void score_half(const Segment & segment, int s, const uint8_t * bl
                               const ScoreQuery * const * queries, typename V::F (*out)[32 / V::W]) {
     constexpr int   NV    = 32 / V::W;
     const uint8_t * steps = block + segment.offset;
-    const uint8_t * quad  = steps + kStepsBytes;
+    const uint8_t * quads = steps + kStepsBytes;
     const int8_t *  q_codes[NQ];
     typename V::F   q_step[NQ];
     typename V::F   bias[NQ];
@@ -37,19 +39,17 @@ static inline void score_half(const Segment & segment, int s, const uint8_t * bl
         q_step[q]  = V::set(queries[q]->step[s]);
         bias[q]    = V::set(queries[q]->bias[s]);
     }
-    int left = segment.n_quad;
-    do {
-        const int       n = std::min(left, V::max_macs(BITS));
+    for (int first = 0; first < segment.n_quad;) {
+        const int       end = std::min(segment.n_quad, first + V::max_macs(BITS));
         typename V::Acc acc[NQ][NV];
         for (int q = 0; q < NQ; ++q) {
             for (int v = 0; v < NV; ++v) {
                 acc[q][v] = V::acc_zero();
             }
         }
-        for (int j = 0; j < n; ++j) {
+        for (int j = first; j < end; ++j) {
             typename V::Bytes codes[NV];
-            unpack<BITS>(quad, half, codes);
-            quad += FASA_BLOCK_CELLS * 4 * BITS / 8;
+            unpack<BITS>(quads, j, half, codes);
             for (int q = 0; q < NQ; ++q) {
                 const typename V::Bytes four = V::quad(q_codes[q] + 4 * j);
                 for (int v = 0; v < NV; ++v) {
@@ -58,17 +58,16 @@ static inline void score_half(const Segment & segment, int s, const uint8_t * bl
             }
         }
         for (int v = 0; v < NV; ++v) {
-            const typename V::F step = V::load_f16(steps + 2 * (32 * half + V::W * v));
+            const typename V::F step = V::load_steps(steps + 32 * half + V::W * v);
             for (int q = 0; q < NQ; ++q) {
                 out[q][v] = V::fma(step, V::fms(V::total(acc[q][v]), q_step[q], bias[q]), out[q][v]);
             }
         }
-        left -= n;
+        first = end;
         for (int q = 0; q < NQ; ++q) {
-            q_codes[q] += 4 * n;
             bias[q] = V::set(0.0f); // taken off once
         }
-    } while (left > 0);
+    }
 }
 
 template <int NQ>
@@ -89,6 +88,7 @@ static void score_block(const Layout & layout, const uint8_t * block, uint64_t v
         for (int s = 0; s < static_cast<int>(layout.segments.size()); ++s) {
             const Segment & segment = layout.segments[s];
             switch (segment.bits) {
+                case 1: score_half<1, NQ>(segment, s, block, half, queries, out); break;
                 case 2: score_half<2, NQ>(segment, s, block, half, queries, out); break;
                 case 4: score_half<4, NQ>(segment, s, block, half, queries, out); break;
                 default: score_half<8, NQ>(segment, s, block, half, queries, out); break;

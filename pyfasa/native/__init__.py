@@ -22,6 +22,7 @@ from pyfasa.native.host import (
     reasons,
     self_test,
 )
+from pyfasa.native.scoring import Scorer, Scoring
 from pyfasa.native.session import Config, Counters, Session, Timings, check_config
 from pyfasa.native.stages import (
     KV,
@@ -50,6 +51,8 @@ __all__ = [
     "Config",
     "Counters",
     "Layout",
+    "Scorer",
+    "Scoring",
     "Session",
     "Timings",
     "attend",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pyfasa._native import ffi, lib
 from pyfasa.native.call import F32, ISA_AUTO, ROPE_IDS, check, pointer
 from pyfasa.native.host import reasons
+from pyfasa.native.scoring import Scorer, c_scorer
 from pyfasa.profile import Profile
 
 
@@ -145,6 +146,20 @@ class Session:
     def invalidate(self) -> None:
         """Drops the side indexes; they are rebuilt from the K cache at the next use."""
         check(lib.fasa_session_invalidate(self._live()))
+
+    @contextmanager
+    def scoring(self, scorer: Scorer) -> Iterator[None]:
+        """Inside the block ``scorer`` scores cells in place of the side index; see ``Fasa.scoring``."""
+        errors: list[BaseException] = []
+        callback = c_scorer(scorer, errors)
+        check(lib.fasa_session_set_scorer(self._live(), callback, ffi.NULL))
+        try:
+            yield
+        finally:
+            if not self.closed:
+                check(lib.fasa_session_set_scorer(self._live(), ffi.NULL, ffi.NULL))
+        if errors:
+            raise errors[0]
 
     def captured(self, layer: int) -> F32:
         """Queries of a layer since the last clear, RoPE basis, oldest first: (n_rows, n_head, head_dim)."""

@@ -34,7 +34,7 @@ class Layout:
     ----------
     head_dim, n_rot : dims of a head, and how many of them RoPE rotates.
     rope : "norm" or "neox".
-    chunks, bits : (n_fc,) ids of frequency chunks, and 2, 4 or 8 bits for each.
+    chunks, bits : (n_fc,) ids of frequency chunks, and 1, 2, 4 or 8 bits for each.
     center, scale : (head_dim,) or None; per-channel shift and scale taken out before quantization.
     """
 
