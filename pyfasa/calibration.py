@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,58 +19,64 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import pyfasa
-from pyfasa import reference
+from pyfasa import allocation
 from pyfasa.attach import check_host
 from pyfasa.identity import ModelIdentity
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.ranking import METHODS
 from pyfasa.samples import Sample, make_samples
+from pyfasa.tally import CHOICE, HELD_BACK, Tally, joined
 
-F64 = npt.NDArray[np.float64]
+
+DEFAULT_BYTES = 0.16  # of an index entry, per dim of the head: docs/method.md tells why
 
 
 def calibrate(
     model_path: str | os.PathLike[str],
     texts: Sequence[str | os.PathLike[str]] | None = None,
     *,
-    method: str = "variance",
+    method: str = "allocation",
+    index_bytes: float | None = None,
     n_fc: int | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     n_ctx: int = 4096,
     seed: int = 0,
+    add: Sequence[str | os.PathLike[str]] = (),
+    keep: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Ranks the chunks of every layer and KV head of a model.
+    """Finds which frequency chunks of each layer and KV head predict attention, and how many bits each is worth.
+
+    Memory depends on n_ctx and on the model, not on the length of the texts.
 
     Parameters
     ----------
     model_path : a GGUF model of an architecture with NORM or NEOX rope.
-    texts : files to calibrate on, each cut to n_ctx tokens; its last 128 tokens give the queries. None: two documents
-        of standard-library text with hidden facts, and the model's chat template around questions about them.
-    method : "variance" (of each chunk's contribution to the score) or "agreement" (the paper's ranking).
-    n_fc : chunks in use by default; None is half of them. All are ranked and stored, so it can change at run time.
-    bits : 2, 4 or 8 per dim of the side index.
+    texts : files to calibrate on, in up to eight windows of n_ctx tokens each; the last 128 tokens of a window give
+        the queries. None: two documents of standard-library text with hidden facts, and the model's chat template
+        around questions about them.
+    method : "allocation": chunks by variance, and 0, 1, 2 or 4 bits for each where they buy attention mass
+        (pyfasa/allocation.py). With equal bits for all chunks: "variance" (of each chunk's contribution to the
+        score), "greedy" (joint choice by attention mass), "agreement" (the paper's ranking).
+    index_bytes : bytes of the side index per token and KV head, on average over the model. None: a sixth of head_dim
+        with allocation; else what n_fc and bits give.
+    n_fc, bits : chunks in use, and bits for each; not with allocation. None is half of them, and 4 bits, or 2 where
+        index_bytes is given. All chunks are ranked and stored, so n_fc can change at run time.
     n_ctx : tokens of a document, at least 512.
     seed : of the documents; equal seeds give equal profiles.
+    add : saved runs whose results are added to this one's.
+    keep : file in which the results are saved for a later `add`, before allocation.
     progress : show a progress bar on stderr.
 
     Raises
     ------
     ValueError : an argument out of its range, or a text that is too short.
-    ProfileError, ModelFileError (both ValueError) : a model without frequency chunks, or no model.
+    ProfileError, ModelFileError (both ValueError) : a model without frequency chunks, no model, or a saved run that
+        does not fit.
     HostError : llama.cpp cannot be decorated.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    if n_ctx < 512:
-        raise ValueError(
-            f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts."
-        )
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must not be negative.")
-    if bits not in (2, 4, 8):
-        raise ValueError(f"bits is {bits}; it must be 2, 4 or 8.")
+    _check(method, index_bytes, n_fc, bits, n_ctx, seed)
     check_host()
     identity = ModelIdentity.read(os.fspath(model_path))
     n_chunk = identity.head_dim // 2
@@ -78,16 +84,64 @@ def calibrate(
         raise ValueError(
             f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks."
         )
+    candidates = _candidates(method, n_chunk, n_fc, bits, index_bytes)
+    ranking = "variance" if method == "allocation" else method
+    fresh = Tally.zeros(identity, ranking, candidates)
+    before = [fresh, *map(Tally.load, add)]  # the first checks that the others fit, and adds nothing
+    joined(before)
+    tally = joined([_run(model_path, identity, texts, fresh, n_ctx, seed, progress), *before[1:]])
+    if keep is not None:
+        tally.save(keep)
+    return _profile(tally, identity, method, index_bytes, texts, n_ctx, seed)
 
+
+def _check(
+    method: str,
+    index_bytes: float | None,
+    n_fc: int | None,
+    bits: int | None,
+    n_ctx: int,
+    seed: int,
+) -> None:
+    names = ("allocation", *METHODS)
+    if method not in names:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(names)}.")
+    if n_ctx < 512:
+        raise ValueError(
+            f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts."
+        )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative.")
+    if bits is not None and bits not in (1, 2, 4, 8):
+        raise ValueError(f"bits is {bits}; it must be 1, 2, 4 or 8.")
+    if method == "allocation" and (n_fc, bits) != (None, None):
+        raise ValueError(
+            "n_fc and bits are what allocation finds; give index_bytes, or method='variance' with them."
+        )
+    if index_bytes is not None and n_fc is not None:
+        raise ValueError("index_bytes and n_fc are both given; one follows from the other.")
+    if index_bytes is not None and not 0 < index_bytes < 1e6:
+        raise ValueError(f"index_bytes is {index_bytes}; it must be above 0.")
+
+
+def _run(
+    model_path: str | os.PathLike[str],
+    identity: ModelIdentity,
+    texts: Sequence[str | os.PathLike[str]] | None,
+    tally: Tally,
+    n_ctx: int,
+    seed: int,
+    progress: bool,
+) -> Tally:
+    """The tally with all samples added."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps"),
         TimeElapsedColumn(),
     )
-    statistics = _Statistics.zeros(identity)
     digest = hashlib.sha256()
-    n_queries = 0
+    n_query = 0
     samples = make_samples(model_path, texts, n_ctx, seed)
     room = max(sample.n_tokens for sample in samples)
     with (
@@ -101,69 +155,87 @@ def calibrate(
         task = bar.add_task("calibrating", total=len(samples) * (identity.n_layer + 1))
         for sample in samples:
             digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
-            for _ in _add_sample(statistics, llm, identity, sample, method):
+            for _ in _add_sample(tally, llm, identity, sample):
                 bar.advance(task)
-            n_queries += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
+            n_query += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
+    return replace(tally, data=digest.hexdigest(), n_query=n_query)
 
-    order = np.argsort(-statistics.importance, axis=2, kind="stable").astype(np.uint16)
-    known = statistics.n_keys[:, None, None] > 0  # a layer that was never seen stays dense
-    center, scale = statistics.channels()
+
+def _profile(
+    tally: Tally,
+    identity: ModelIdentity,
+    method: str,
+    index_bytes: float | None,
+    texts: Sequence[str | os.PathLike[str]] | None,
+    n_ctx: int,
+    seed: int,
+) -> Profile:
+    budget = DEFAULT_BYTES * identity.head_dim if index_bytes is None else index_bytes
+    chosen = _choose(tally, budget)
+    order = tally.order()
+    known = tally.n_key[:, None, None] > 0  # a layer that was never seen stays dense
+    used = np.where(known, tally.candidates[chosen], 0).astype(np.uint8)
+    n_fc = max(1, int((used > 0).sum(axis=2).max()))
+    bits = used
+    if method != "allocation":  # all are ranked, so that n_fc can be raised
+        width = int(tally.candidates.max())
+        bits = np.where(known, width, 0).astype(np.uint8) * np.ones_like(used)
+    center, scale = tally.channels()
+    picked = np.take_along_axis(tally.found(HELD_BACK)[..., -1], chosen[..., None], 2)[..., 0]
+    importance = np.take_along_axis(tally.importance, order.astype(np.int64), 2)
     return Profile(
         identity=identity,
         chunks=order,
-        bits=np.where(known, bits, 0).astype(np.uint8) * np.ones_like(order, np.uint8),
+        bits=bits,
         center=center,
         scale=scale,
-        n_fc=n_chunk // 2 if n_fc is None else n_fc,
+        importance=(importance / np.maximum(tally.n_sample, 1)[:, None, None]).astype(np.float32),
+        recall=picked.astype(np.float32),
+        oracle=tally.possible(HELD_BACK)[..., -1].astype(np.float32),
+        n_fc=n_fc,
         method=method,
         data_name="Python standard library with hidden facts" if texts is None else _names(texts),
-        data_sha256=digest.hexdigest(),
+        data_sha256=tally.data,
         n_ctx=n_ctx,
-        n_queries=n_queries,
+        n_queries=tally.n_query,
         seed=seed,
         created_by=f"pyfasa {pyfasa.__version__}",
     )
 
 
-@dataclass
-class _Statistics:
-    """Sums over samples: of importance per chunk, and of keys and their squares per channel."""
+def _candidates(
+    method: str, n_chunk: int, n_fc: int | None, bits: int | None, index_bytes: float | None
+) -> npt.NDArray[np.uint8]:
+    """Bits per rank that calibration chooses between: (n_candidate, n_chunk)."""
+    if method == "allocation":
+        return np.array([allocation.bits_of(shape, n_chunk) for shape in allocation.shapes()])
+    width = bits or (4 if index_bytes is None else 2)
+    n = n_fc or n_chunk // 2
+    if index_bytes is not None:
+        sizes = [allocation.bytes_of(np.full(k, width)) for k in range(n_chunk + 1)]
+        n = max(k for k, size in enumerate(sizes) if size <= max(index_bytes, 0))
+        if n == 0:
+            raise ValueError(
+                f"index_bytes is {index_bytes:g}; a chunk of {width} bits has {sizes[1]} bytes, so give that or more."
+            )
+    return np.where(np.arange(n_chunk) < n, width, 0).astype(np.uint8)[None]
 
-    importance: F64  # (n_layer, n_head_kv, n_chunk)
-    n_keys: F64  # (n_layer,)
-    sum: F64  # (n_layer, n_head_kv, head_dim)
-    square: F64
 
-    @classmethod
-    def zeros(cls, identity: ModelIdentity) -> _Statistics:
-        heads = (identity.n_layer, identity.n_head_kv)
-        dim = identity.head_dim
-        return cls(
-            np.zeros((*heads, dim // 2)),
-            np.zeros(identity.n_layer),
-            np.zeros((*heads, dim)),
-            np.zeros((*heads, dim)),
-        )
-
-    def channels(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Mean of each channel of the keys, and its deviation relative to the head's mean deviation.
-
-        With both taken out no channel outgrows the few levels of the index, and scores keep their order.
-        """
-        n = np.maximum(self.n_keys, 1)[:, None, None]
-        center = self.sum / n
-        deviation = np.sqrt(np.maximum(self.square / n - center**2, 0))
-        mean = deviation.mean(axis=2, keepdims=True)
-        # A channel that hardly moves must not be blown up to the size of the others.
-        scale = np.where(mean > 0, np.maximum(deviation / np.where(mean > 0, mean, 1), 0.05), 1.0)
-        return center.astype(np.float32), scale.astype(np.float32)
+def _choose(tally: Tally, index_bytes: float) -> npt.NDArray[np.int64]:
+    """Candidate of every layer and KV head: [n_layer, n_head_kv]."""
+    chosen = np.zeros(tally.importance.shape[:2], np.int64)
+    known = tally.key_square.any(axis=2)  # heads that a layer has
+    if len(tally.candidates) > 1:
+        gains = tally.found(CHOICE)[known].mean(axis=2)
+        sizes = [allocation.bytes_of(bits) for bits in tally.candidates]
+        chosen[known] = allocation.spend(sizes, gains, index_bytes)
+    return chosen
 
 
 def _add_sample(
-    statistics: _Statistics, llm: Llama, identity: ModelIdentity, sample: Sample, method: str
+    tally: Tally, llm: Llama, identity: ModelIdentity, sample: Sample
 ) -> Iterator[None]:
     """Evaluates a sample and adds it up; yields after the evaluation and after each layer."""
-    dims = reference.chunk_dims(identity.head_dim, identity.n_rot, identity.rope)
     llm.n_tokens = 0  # the next eval removes the cells of the sample before
     with llm.fasa.capturing() as session:
         session.captured_clear()
@@ -178,16 +250,7 @@ def _add_sample(
             yield
             continue
         keys = session.keys(layer, 0, sample.n_tokens)
-        n_head_kv = keys.shape[1]  # of this layer; identity has the largest of all
-        group = queries.shape[1] // n_head_kv
-        statistics.n_keys[layer] += len(keys)
-        statistics.sum[layer, :n_head_kv] += keys.sum(axis=0, dtype=np.float64)
-        statistics.square[layer, :n_head_kv] += np.square(keys, dtype=np.float64).sum(axis=0)
-        for h in range(n_head_kv):
-            own = queries[:, h * group : (h + 1) * group]
-            statistics.importance[layer, h] += METHODS[method](
-                own, np.ascontiguousarray(keys[:, h]), dims
-            )
+        tally.add_layer(identity, layer, queries, keys, sample.visible())
         yield
 
 

@@ -41,8 +41,18 @@ _SCALARS = {
     "data_name": "pyfasa.data.name",
     "data_sha256": "pyfasa.data.sha256",
 }
-_ARRAYS = {"chunks": "u2", "bits": "u1", "center": "f4", "scale": "f4"}
-_OPTIONAL = {"center", "scale"}
+_ARRAYS = {
+    "chunks": "u2",
+    "bits": "u1",
+    "center": "f4",
+    "scale": "f4",
+    "importance": "f4",
+    "recall": "f4",
+    "oracle": "f4",
+}
+_CHANNELS = ("center", "scale")
+_REPORTS = ("importance", "recall", "oracle")  # for readers; the side index does not need them
+_OPTIONAL = {*_CHANNELS, *_REPORTS}
 _WHOLE = {"n_fc": 2**16 - 1, "n_ctx": 2**32 - 1, "n_queries": 2**63 - 1, "seed": 2**64 - 1}
 
 
@@ -54,6 +64,9 @@ class Profile:
     bits   u8  [n_layer, n_head_kv, n_ranked]  1, 2, 4 or 8; 0: this and all later ranks are unused
     center f32 [n_layer, n_head_kv, head_dim]  mean of the keys per channel, in the RoPE basis
     scale  f32 [n_layer, n_head_kv, head_dim]  size of a channel, > 0
+    importance f32 [n_layer, n_head_kv, n_ranked]  of each ranked chunk, by its method
+    recall, oracle f32 [n_layer, n_head_kv]  attention mass on a sixteenth of the cells, on rows that calibration
+                   held back: chosen by this index, and by exact scores
     n_fc           chunks in use by default, at most n_ranked
     method         how the chunks were ranked: "variance", "agreement", ...
     data_sha256    of the calibration text; "" when there was none
@@ -76,6 +89,9 @@ class Profile:
     n_queries: int
     seed: int
     created_by: str
+    importance: npt.NDArray[np.float32] | None = None
+    recall: npt.NDArray[np.float32] | None = None
+    oracle: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -104,9 +120,13 @@ class Profile:
             raise ProfileError(
                 f"n_fc is {self.n_fc}; {self.n_ranked} chunks are ranked, so 1 to that many."
             )
-        for name in sorted(_OPTIONAL):
+        for name in _CHANNELS:
             if (array := getattr(self, name)) is not None:
                 _validate_channels(name, array, model)
+        shapes = _shapes(model, self.n_ranked)
+        for name in _REPORTS:
+            if (array := getattr(self, name)) is not None:
+                _validate_report(name, array, shapes[name])
 
     def with_bits(self, bits: int) -> Profile:
         """The same chunks with `bits` bits each: 1, 2, 4 or 8."""
@@ -182,12 +202,9 @@ class Profile:
         scalars = {name: take.scalar(key, types[name]) for name, key in _SCALARS.items()}
         identity = ModelIdentity(**model)
         _validate_identity(identity)
-        rows = (identity.n_layer, identity.n_head_kv)
-        ends = dict.fromkeys(_OPTIONAL, identity.head_dim)
-        ends["chunks"] = ends["bits"] = take.number("pyfasa.n_ranked")
         arrays = {
-            name: take.array(KEY_PREFIX + name, (*rows, ends[name]), name in _OPTIONAL)
-            for name in _ARRAYS
+            name: take.array(KEY_PREFIX + name, shape, name in _OPTIONAL)
+            for name, shape in _shapes(identity, take.number("pyfasa.n_ranked")).items()
         }
         return cls(identity=identity, **scalars, **arrays)
 
@@ -356,6 +373,22 @@ def _validate_identity(model: ModelIdentity) -> None:
     base = model.rope_freq_base
     if not (isinstance(base, float) and math.isfinite(base) and base > 0):
         raise ProfileError(f"model.rope_freq_base is {base!r}; it must be a number above 0.")
+
+
+def _shapes(model: ModelIdentity, n_ranked: int) -> dict[str, tuple[int, ...]]:
+    """Of each array."""
+    rows = (model.n_layer, model.n_head_kv)
+    ranks = dict.fromkeys(("chunks", "bits", "importance"), (*rows, n_ranked))
+    channels = dict.fromkeys(_CHANNELS, (*rows, model.head_dim))
+    found = ranks | channels | dict.fromkeys(("recall", "oracle"), rows)
+    return {name: found[name] for name in _ARRAYS}
+
+
+def _validate_report(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ProfileError(f"{name} has the shape {array.shape}; it must be {shape}.")
+    if not np.isfinite(array).all():
+        raise ProfileError(f"{name} holds values that are no numbers.")
 
 
 def _validate_channels(name: str, array: npt.NDArray[np.float32], model: ModelIdentity) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyfasa import reference
+from pyfasa.recall import Attention
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -19,6 +20,8 @@ Ints = npt.NDArray[np.int64]
 
 AGREEMENT_TOP = 256  # cells compared; the paper finds that it hardly matters (3.3)
 AGREEMENT_QUERIES = 24  # per document: each costs a partial sort per chunk
+GREEDY_QUERIES = 8  # likewise, per chunk and chunk chosen before
+GREEDY_CHUNKS = 24
 
 
 def variance(queries: F32, keys: F32, dims: Ints) -> F64:
@@ -49,7 +52,36 @@ def agreement(queries: F32, keys: F32, dims: Ints) -> F64:
     return result
 
 
+def greedy(queries: F32, keys: F32, dims: Ints) -> F64:
+    """Joint choice: again and again the chunk that most raises the attention mass of the best cells.
+
+    Importance is 1 / place in the order of the choice; after GREEDY_CHUNKS the variance decides.
+    """
+    step = max(1, len(queries) // GREEDY_QUERIES)
+    chosen = queries[::step]
+    attention = Attention.of(chosen, keys, np.full(len(chosen), len(keys)))
+    q = chosen.reshape(-1, chosen.shape[-1])
+    centered = keys - keys.mean(axis=0)
+    budget = [max(1, len(keys) // 32)]
+    by_variance = variance(queries, keys, dims)
+    total = np.zeros((len(q), len(keys)), np.float32)
+    order: list[int] = []
+    for _ in range(min(GREEDY_CHUNKS, len(dims))):
+        masses = {
+            i: float(attention.mass(total + q[:, pair] @ centered[:, pair].T, budget).mean())
+            for i, pair in enumerate(dims)
+            if i not in order
+        }
+        order.append(max(masses, key=lambda i: (masses[i], by_variance[i])))
+        total += q[:, dims[order[-1]]] @ centered[:, dims[order[-1]]].T
+    rest = [i for i in np.argsort(-by_variance, kind="stable").tolist() if i not in order]
+    importance: F64 = np.zeros(len(dims))
+    importance[order + rest] = 1 / np.arange(1, len(dims) + 1)
+    return importance
+
+
 METHODS: dict[str, Callable[[F32, F32, Ints], F64]] = {
     "variance": variance,
     "agreement": agreement,
+    "greedy": greedy,
 }

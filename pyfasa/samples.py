@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pyfasa.documents import Document, make_document
@@ -19,8 +20,9 @@ from pyfasa.errors import ModelFileError
 
 DOCUMENTS = 2
 FACTS = 16
-QUERIES_OF_TEXT = 128  # of a user's text, the last tokens ask
+QUERIES_OF_TEXT = 128  # the last tokens of a text ask
 MIN_TEXT = 512
+WINDOWS = 8  # of a long text, evenly spread
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Sample:
     @property
     def n_tokens(self) -> int:
         return sum(len(tokens) for tokens, _ in self.runs)
+
+    def visible(self) -> npt.NDArray[np.int64]:
+        """How many cells each of the queries sees, itself among them."""
+        ends = np.cumsum([len(tokens) for tokens, _ in self.runs])
+        seen = [
+            np.arange(end - len(tokens), end) + 1
+            for end, (tokens, wanted) in zip(ends, self.runs, strict=True)
+            if wanted
+        ]
+        return np.concatenate(seen)
 
 
 def open_vocabulary(model_path: str | os.PathLike[str]) -> llama_cpp.Llama:
@@ -47,7 +59,7 @@ def make_samples(
     n_ctx: int,
     seed: int,
 ) -> list[Sample]:
-    """One sample per text, or the built-in documents; ``pyfasa.calibrate`` documents arguments and errors."""
+    """One sample per window of a text, or the built-in documents; ``pyfasa.calibrate`` documents the arguments."""
     if texts is not None and len(texts) == 0:
         raise ValueError(
             "texts is an empty list; name files, or leave it out for the built-in documents."
@@ -56,22 +68,29 @@ def make_samples(
     with closing(open_vocabulary(model_path)) as vocab:
         if texts is None:
             return [_with_questions(vocab, n_ctx, seed * DOCUMENTS + i) for i in range(DOCUMENTS)]
-        return [_from_text(vocab, Path(text), n_ctx) for text in texts]
+        return [sample for text in texts for sample in _from_text(vocab, Path(text), n_ctx)]
 
 
-def _from_text(vocab: llama_cpp.Llama, path: Path, n_ctx: int) -> Sample:
+def _from_text(vocab: llama_cpp.Llama, path: Path, n_ctx: int) -> list[Sample]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ModelFileError(
             f"The calibration text {path} cannot be read: {error.strerror}."
         ) from error
-    tokens = vocab.tokenize(content, add_bos=True)[:n_ctx]
+    tokens = vocab.tokenize(content, add_bos=True)
     if len(tokens) < MIN_TEXT:
         raise ValueError(
             f"{path} has {len(tokens)} tokens; a calibration text needs at least {MIN_TEXT}."
         )
-    return Sample([(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)])
+    n = max(1, min(WINDOWS, len(tokens) // n_ctx))
+    starts = np.linspace(0, max(0, len(tokens) - n_ctx), n).astype(int)
+    return [Sample(_asked(tokens[start : start + n_ctx])) for start in starts]
+
+
+def _asked(tokens: list[int]) -> list[tuple[list[int], bool]]:
+    """Runs of a text whose last tokens ask."""
+    return [(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)]
 
 
 def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int) -> Sample:
@@ -81,10 +100,10 @@ def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int) -> Sample:
         return list(vocab.tokenize(text.encode(), add_bos=start, special=True))
 
     document = make_document(tokenize, n_ctx - 64, FACTS, seed)
-    turns = _turns(vocab, document)
-    # Only answers are counted: each of their tokens is found by looking back at one place of the document.
+    (first, _), *turns = _turns(vocab, document)
+    # Answers look back at one place of the document; the end of the document and the first question ask as text does.
     return Sample(
-        [(tokenize(text, start=i == 0), wanted) for i, (text, wanted) in enumerate(turns)]
+        [*_asked(tokenize(first, start=True)), *((tokenize(text), wanted) for text, wanted in turns)]
     )
 
 

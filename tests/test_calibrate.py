@@ -115,7 +115,8 @@ def test_a_planted_chunk_is_found(method: str, planted: int, rope: str) -> None:
     keys[:, dims[20]] += 100
     importance = ranking.METHODS[method](queries, keys, dims)
     assert np.argmax(importance) == planted
-    assert importance[20] < importance[planted] / 2
+    # All that greedy tells is a place, and the second is half of the first.
+    assert importance[20] <= importance[planted] / 2
 
 
 @pytest.mark.parametrize("method", ranking.METHODS)
@@ -134,9 +135,16 @@ def test_what_a_profile_says_about_itself(path: Path, profile: Profile) -> None:
     assert profile.identity == ModelIdentity.read(path)
     assert profile.chunks.shape == profile.bits.shape == (2, 2, 32)
     assert (np.sort(profile.chunks, axis=2) == np.arange(32)).all()
-    assert (profile.bits == 4).all()
-    assert profile.n_fc == 16
-    assert (profile.method, profile.seed, profile.n_ctx) == ("variance", 0, 640)
+    assert set(np.unique(profile.bits)) <= {0, 1, 2, 4}
+    assert profile.bytes_per_cell().mean() <= 0.16 * 64
+    assert profile.n_fc == (profile.bits > 0).sum(axis=2).max()
+    assert (profile.method, profile.seed, profile.n_ctx) == ("allocation", 0, 640)
+    assert profile.importance is not None
+    assert (np.diff(profile.importance, axis=2) <= 0).all()
+    assert profile.recall is not None
+    assert profile.oracle is not None
+    assert (profile.recall > 0.2).all()
+    assert (profile.recall <= profile.oracle + 1e-6).all()
     assert profile.n_queries > 2 * 4
     assert len(profile.data_sha256) == 64
     assert profile.created_by.startswith("pyfasa ")
@@ -161,7 +169,7 @@ def test_methods_bits_and_n_fc(path: Path, text: Path, profile: Profile) -> None
         method: calibrate(path, [text], method=method, n_fc=5, bits=2, **SMALL)
         for method in ranking.METHODS
     }
-    assert set(made) == {"variance", "agreement"}
+    assert set(made) == {"variance", "agreement", "greedy"}
     for method, found in made.items():
         assert (found.method, found.n_fc) == (method, 5)
         assert (found.bits == 2).all()
@@ -169,8 +177,10 @@ def test_methods_bits_and_n_fc(path: Path, text: Path, profile: Profile) -> None
 
 
 def test_the_ranking_is_that_of_the_captured_queries_and_keys(path: Path, text: Path) -> None:
-    """calibrate() against its parts: queries of the last tokens, all keys, one KV head each."""
-    found = calibrate(path, [text], **SMALL)
+    """calibrate() against its parts: a third of the last tokens' queries, all keys, one KV head each."""
+    found = calibrate(path, [text], method="variance", **SMALL)
+    assert (found.bits == 4).all()
+    assert found.n_fc == 16
     dims = reference.chunk_dims(64, 64, "norm")
     with opened(path, profile=False) as llm:
         tokens = llm.tokenize(text.read_bytes(), add_bos=True)[:640]
@@ -182,7 +192,7 @@ def test_the_ranking_is_that_of_the_captured_queries_and_keys(path: Path, text: 
             keys = session.keys(layer, 0, len(tokens))
             for head in range(2):
                 own = np.ascontiguousarray(keys[:, head])
-                importance = ranking.variance(queries[:, 2 * head : 2 * head + 2], own, dims)
+                importance = ranking.variance(queries[::3, 2 * head : 2 * head + 2], own, dims)
                 assert found.chunks[layer, head].tolist() == np.argsort(-importance).tolist()
 
 
@@ -242,29 +252,66 @@ def test_texts(path: Path, text: Path, tmp_path: Path) -> None:
     long.write_bytes(text.read_bytes() * 3)
     found = calibrate(path, [text, str(long)], **SMALL)
     assert found.data_name == "text.txt, long.txt"
-    assert found.n_queries == 2 * samples.QUERIES_OF_TEXT
-    # Cut to n_ctx: what comes after changes nothing.
+    windows = len(long.read_bytes()) // 640  # a token per byte
+    assert windows > 2
+    assert found.n_queries == (1 + windows) * samples.QUERIES_OF_TEXT
+    # Windows reach from the first token to the last.
     again = tmp_path / "again" / "long.txt"
     again.parent.mkdir()
-    again.write_bytes(long.read_bytes()[:1000])
-    assert calibrate(path, [text, again], **SMALL) == found
+    again.write_bytes(long.read_bytes()[:-50] + b"x" * 50)
+    assert calibrate(path, [text, again], **SMALL) != found
+
+
+def test_runs_are_kept_and_added(path: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_bytes(text.read_bytes()[::-1])
+    both = calibrate(path, [text, other], **SMALL)
+    kept = tmp_path / "run.npz"
+    first = calibrate(path, [text], keep=kept, **SMALL)
+    added = calibrate(path, [other], add=[kept], keep=kept, **SMALL)
+    assert added.n_queries == both.n_queries == 2 * first.n_queries
+    np.testing.assert_array_equal(added.chunks, both.chunks)
+    for name in ("center", "scale", "importance"):
+        np.testing.assert_allclose(getattr(added, name), getattr(both, name), rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(added.chunks, first.chunks)
+    assert added.data_sha256 not in (first.data_sha256, both.data_sha256)
+
+    with pytest.raises(ProfileError, match="different models, methods or index settings"):
+        calibrate(path, [text], add=[kept], method="greedy", index_bytes=6, **SMALL)
+    text.with_name("bad.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(ProfileError, match=r"bad\.npz is no saved calibration run"):
+        calibrate(path, [text], add=[text.with_name("bad.npz")], **SMALL)
+    with pytest.raises(ProfileError, match=r"none\.npz is no saved calibration run"):
+        calibrate(path, [text], add=[tmp_path / "none.npz"], **SMALL)
+
+
+def test_more_bytes_find_more(path: Path, text: Path) -> None:
+    """Each size is kept to, spent, and finds more attention mass than the one before."""
+    found = [calibrate(path, [text], index_bytes=size, **SMALL) for size in (3, 6, 12, 24)]
+    sizes = [profile.bytes_per_cell().mean() for profile in found]
+    assert all(0.8 * n <= size <= n for n, size in zip((3, 6, 12, 24), sizes, strict=True))
+    recalls = [float(np.mean(profile.recall)) for profile in found if profile.recall is not None]
+    assert recalls == sorted(recalls)
 
 
 def test_the_bundled_model_keeps_its_index_small(tiny_model_path: Path) -> None:
     profile = bundled_profile(tiny_model_path)
-    assert profile.n_fc == 16
-    assert (profile.bytes_per_cell() <= 20).all()
-    assert (profile.bytes_per_cell() <= 0.08 * 2 * 2 * 64).all()  # of f16 K and V
+    assert profile.bytes_per_cell().mean() <= 0.05 * 2 * 2 * 64  # of f16 K and V
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"method": "oracle"}, "method is 'oracle'; it must be one of variance, agreement"),
+        ({"method": "oracle"}, "method is 'oracle'; it must be one of allocation, variance, agreement, greedy"),
         ({"n_ctx": 511}, "n_ctx is 511; fewer than 512 tokens say nothing"),
-        ({"bits": 3}, "bits is 3; it must be 2, 4 or 8"),
-        ({"n_fc": 0}, "n_fc is 0; a head of 64 dims has 1 to 32 chunks"),
-        ({"n_fc": 33}, "n_fc is 33; a head of 64 dims has 1 to 32 chunks"),
+        ({"bits": 3}, "bits is 3; it must be 1, 2, 4 or 8"),
+        ({"bits": 2}, "n_fc and bits are what allocation finds; give index_bytes"),
+        ({"method": "greedy", "index_bytes": 9, "n_fc": 3}, "both given; one follows"),
+        ({"index_bytes": -1}, "index_bytes is -1; it must be above 0"),
+        ({"index_bytes": 1.5}, "smallest index of this model has 2 bytes"),
+        ({"method": "variance", "index_bytes": 1}, "a chunk of 2 bits has 2 bytes"),
+        ({"method": "variance", "n_fc": 0}, "n_fc is 0; a head of 64 dims has 1 to 32 chunks"),
+        ({"method": "variance", "n_fc": 33}, "n_fc is 33; a head of 64 dims has 1 to 32 chunks"),
         ({"texts": []}, "texts is an empty list; name files, or leave it out"),
         ({"seed": -1}, "seed is -1"),
     ],
