@@ -26,11 +26,14 @@ from pyfasa.options import (
     Output,
     ProfileFile,
     Seed,
+    Table,
     Threads,
     TypeK,
     TypeV,
+    decimals,
     kv_types,
     numbers,
+    words,
 )
 
 app = typer.Typer(
@@ -149,19 +152,33 @@ def calibrate(
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="Text to calibrate on; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="variance or agreement.")] = "variance",
+    method: Annotated[
+        str, typer.Option("--method", help="allocation, variance, greedy or agreement.")
+    ] = "allocation",
+    index_bytes: Annotated[
+        float | None,
+        typer.Option("--index-bytes", help="Bytes of the side index per token and KV head."),
+    ] = None,
     n_fc: Chunks = None,
-    bits: Annotated[int | None, typer.Option("--bits", help="2, 4 or 8 bits per dim.")] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="1, 2, 4 or 8 bits per dim; not with allocation.")
+    ] = None,
     ctx: Annotated[
         int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of a calibration document.")
     ] = None,
     seed: Seed = 0,
+    add: Annotated[
+        list[Path] | None, typer.Option("--add", help="Add a run saved with --keep; repeatable.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="RUN.npz", help="Save this run for --add.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: <model>-fasa.gguf.")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Find the dominant frequency chunks of a model; writes a profile."""
+    """Find the frequency chunks that predict a model's attention; writes a profile."""
     from pyfasa.embed import sidecar_path
 
     path = output or sidecar_path(model)
@@ -169,16 +186,20 @@ def calibrate(
         raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
     from pyfasa.calibration import calibrate as find_chunks
 
-    chosen: dict[str, Any] = {"n_fc": n_fc, "n_ctx": ctx, "bits": bits}
+    chosen: dict[str, Any] = {"n_ctx": ctx, "keep": keep}
     profile = find_chunks(
         str(model),
         [str(file) for file in text] if text else None,
         method=method,
+        index_bytes=index_bytes,
+        n_fc=n_fc,
+        bits=bits,
         seed=seed,
+        add=add or [],
         **{name: value for name, value in chosen.items() if value is not None},
     )
     profile.save(path, force=force)
-    console.note(f"wrote {path}")
+    console.note(f"wrote {path}: {console.confidence(profile)}")
 
 
 @app.command()
@@ -280,7 +301,7 @@ def bench(
     ] = "1024",
     n_fc: Chunks = None,
     index_bits: Annotated[
-        int | None, typer.Option("--index-bits", help="2, 4 or 8 bits per scored dim.")
+        int | None, typer.Option("--index-bits", help="1, 2, 4 or 8 bits per scored dim.")
     ] = None,
     min_ctx: MinCtx = None,
     profile: ProfileFile = None,
@@ -310,6 +331,101 @@ def bench(
             for row in benchmark.bench(replace(settings, type_k=k, type_v=v), status.update)
         ]
     typer.echo(benchmark.FORMATS[output.value](rows))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            metavar="T,..",
+            help="needle, multikey, tracking, aggregation, kld, ppl, custom.",
+        ),
+    ] = "needle",
+    tokens: Annotated[
+        str, typer.Option("--tokens", metavar="N,..", help="Lengths of the documents.")
+    ] = "4096,8192",
+    questions: Annotated[
+        int, typer.Option("--questions", help="Questions per task and length.")
+    ] = 20,
+    setting: Annotated[
+        str,
+        typer.Option(
+            "--setting",
+            metavar="S,..",
+            help="dense, oracle, fasa, streaming, snapkv, h2o; with a size like :16, or at all "
+            "--index-bytes without: variance, agreement, greedy, allocation, random, lowfreq "
+            "(bytes), quest (tokens of a page), sparq, double-sparsity (channels).",
+        ),
+    ] = "dense,oracle,fasa,streaming",
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
+    ] = "1024",
+    index_bytes: Annotated[
+        str,
+        typer.Option(
+            "--index-bytes",
+            metavar="N,..",
+            help="Bytes read per token and KV head, for settings without a size.",
+        ),
+    ] = "10",
+    rows: Annotated[int, typer.Option("--rows", help="Decode rows per text of kld and ppl.")] = 256,
+    texts: Annotated[int, typer.Option("--texts", help="Texts of kld and ppl.")] = 1,
+    custom: Annotated[
+        Path | None,
+        typer.Option("--custom", help='JSONL of {"prompt": .., "expected": ..} for task custom.'),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", help="Tokens of an answer at most.")
+    ] = None,
+    seed: Seed = 0,
+    type_k: TypeK = KvType.f16,
+    type_v: TypeV = KvType.f16,
+    threads: Threads = None,
+    profile: ProfileFile = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", help="JSONL of all answers; what is in it already is not run again."
+        ),
+    ] = None,
+    output: Annotated[Table, typer.Option("-o", "--output", help="Output format.")] = Table.md,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="DIR", help="Folder for plots (PNG).")
+    ] = None,
+) -> None:
+    """Ask about documents under dense attention, FASA and its rivals; tables, plots."""
+    from pyfasa.evaluation import evaluate as measure
+    from pyfasa.evaluation import plots, tables
+    from pyfasa.profile import Profile
+
+    if plot is not None:
+        plots.check()  # before hours of work
+    found = measure(
+        model,
+        words(setting),
+        tasks=words(task),
+        tokens=numbers(tokens),
+        questions=questions,
+        budgets=numbers(budget),
+        index_bytes=decimals(index_bytes),
+        seed=seed,
+        rows=rows,
+        texts=texts,
+        custom=custom,
+        max_tokens=max_tokens,
+        profile=None if profile is None else Profile.load(profile),
+        results=results,
+        type_k=type_k.value,
+        type_v=type_v.value,
+        n_threads=threads,
+    )
+    typer.echo((tables.to_json if output is Table.json else tables.to_markdown)(found))
+    if plot is not None:
+        for path in plots.save_all(found, plot):
+            console.note(f"wrote {path}")
 
 
 @app.command()

@@ -150,14 +150,26 @@ def index_memory(profile: Profile, n_cells: int) -> tuple[int, int]:
     return int(profile.bytes_per_cell().sum()) * blocks, kv
 
 
+def confidence(profile: Profile) -> str:
+    """What the index costs, and what calibration says that it finds."""
+    size = float(profile.bytes_per_cell().mean())
+    text = f"{size:.3g} bytes per token and KV head"
+    if profile.recall is None or profile.oracle is None:
+        return text
+    known = profile.oracle > 0
+    found, most = float(profile.recall[known].mean()), float(profile.oracle[known].mean())
+    return f"{text}, {percent(found)} of the attention on 1/16 of the tokens (exact scores: {percent(most)})"
+
+
 def profile_tables(source: Path, profile: Profile) -> list[Table]:
     """What a profile says, which chunks each KV head keeps, and what the side index costs."""
     names = ("method", "n_fc", "n_ranked", "data_name", "data_sha256", "n_ctx", "n_queries", "seed")
     values = {"file": source, **{name: getattr(profile, name) for name in (*names, "created_by")}}
 
     chunks = Table(title="chunks in use, best first", title_justify="left")
-    for name in ("layer", "KV head", "chunks", "bits", "bytes per cell"):
+    for name in ("layer", "KV head", "chunks", "bits", "bytes per cell", "attention found", "exact"):
         chunks.add_column(name, justify="left" if name == "chunks" else "right")
+    reports = [profile.recall, profile.oracle]
     size = profile.bytes_per_cell()
     for layer, head in np.ndindex(size.shape):
         bits = profile.bits[layer, head, : profile.n_fc]
@@ -168,6 +180,7 @@ def profile_tables(source: Path, profile: Profile) -> list[Table]:
             " ".join(map(str, ids)) or "dense",
             "/".join(map(str, np.unique(bits[bits > 0]))),
             str(size[layer, head]),
+            *("" if report is None else percent(float(report[layer, head])) for report in reports),
         )
 
     index = Table(title="side index", title_justify="left")

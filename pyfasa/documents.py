@@ -20,7 +20,7 @@ from pyfasa.errors import HostError
 
 Tokenize = Callable[[str], Sequence[int]]
 
-_ADJECTIVES = re.findall(
+ADJECTIVES = re.findall(
     r"\w+",
     """
     amber ancient azure bitter bold brave bright calm clever cosmic crimson curious daring distant
@@ -32,7 +32,7 @@ _ADJECTIVES = re.findall(
     """,
 )
 
-_NOUNS = re.findall(
+NOUNS = re.findall(
     r"\w+",
     """
     almond anchor arrow badger banjo basket beetle blanket bottle bridge cactus candle canoe
@@ -60,7 +60,7 @@ class _Form:
     answer: str
 
 
-_FORMS = {
+FORMS = {
     "code": _Form(
         "The secret code for {name} is {value}.",
         "What is the secret code for {name}?",
@@ -84,7 +84,7 @@ _FORMS = {
     ),
 }
 
-MAX_FACTS = len(_ADJECTIVES) * len(_NOUNS)
+MAX_FACTS = len(ADJECTIVES) * len(NOUNS)
 """Facts of one document: there are no more names."""
 
 
@@ -140,6 +140,25 @@ def make_document(
     rng = random.Random(seed)
     facts = invent_facts(rng, n_facts, digits)
     depths = [(i + rng.random()) / n_facts for i in range(n_facts)]
+    return hide(tokenize, n_tokens, facts, depths, rng, sources=sources)
+
+
+def hide(
+    tokenize: Tokenize,
+    n_tokens: int,
+    facts: Sequence[Fact],
+    depths: Sequence[float],
+    rng: random.Random,
+    *,
+    sources: Path | None = None,
+) -> Document:
+    """Source text of `n_tokens` tokens with each fact at its depth: 0 the beginning, 1 the end.
+
+    facts   in the order of `depths`, which ascend; none at all give plain source text
+    rng     decides which sources come in which order
+
+    For the rest, and for errors, see `make_document`.
+    """
     paths = _source_files(sources)
     rng.shuffle(paths)
 
@@ -191,22 +210,24 @@ def invent_facts(rng: random.Random, n: int, digits: tuple[int, int] = (4, 7)) -
             f"values of {least} to {most} digits: choose a number in that range, or more digits"
         )
     pairs = rng.sample(range(MAX_FACTS), n)
-    names = [f"{_ADJECTIVES[p // len(_NOUNS)]} {_NOUNS[p % len(_NOUNS)]}" for p in pairs]
-    kinds = [list(_FORMS)[i % len(_FORMS)] for i in range(n)]
+    names = [f"{ADJECTIVES[p // len(NOUNS)]} {NOUNS[p % len(NOUNS)]}" for p in pairs]
+    kinds = [list(FORMS)[i % len(FORMS)] for i in range(n)]
     rng.shuffle(kinds)
     values: dict[str, None] = {}
     while len(values) < n:
         length = rng.randint(least, most)
         values[str(rng.randrange(10 ** (length - 1), 10**length))] = None
-    facts = []
-    for kind, name, value in zip(kinds, names, values, strict=True):
-        form = _FORMS[kind]
-        sentence, question, answer = (
-            part.format(name=name, value=value)
-            for part in (form.sentence, form.question, form.answer)
-        )
-        facts.append(Fact(kind, name, value, sentence, question, answer, position=0))
-    return facts
+    return [make_fact(*known) for known in zip(kinds, names, values, strict=True)]
+
+
+def make_fact(form: str, name: str, value: str) -> Fact:
+    """A fact of one of the `FORMS`, `position` still 0."""
+    parts = FORMS[form]
+    sentence, question, answer = (
+        part.format(name=name, value=value)
+        for part in (parts.sentence, parts.question, parts.answer)
+    )
+    return Fact(form, name, value, sentence, question, answer, position=0)
 
 
 def _source_files(folder: Path | None) -> list[Path]:

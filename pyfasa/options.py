@@ -27,6 +27,11 @@ class Output(str, Enum):
     csv = "csv"
 
 
+class Table(str, Enum):
+    md = "md"
+    json = "json"
+
+
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF model.")]
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="Profile to use instead of the model's own.")
@@ -52,6 +57,19 @@ def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1024,8192") from None
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """`6,10.5` -> (6.0, 10.5)"""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 6,10.5") from None
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`dense,fasa` -> ("dense", "fasa")"""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def kv_types(text: str) -> tuple[str, ...]:
