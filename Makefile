@@ -20,7 +20,7 @@ CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h na
 	native/fuzz/*.cpp native/fuzz/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test check format lint types tidy sanitize sanitize-threads fuzz bench bench-types recall retrieval clean
+.PHONY: help setup demo test check format lint types tidy sanitize sanitize-threads fuzz bench bench-types layouts selection clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
@@ -29,8 +29,8 @@ help:
 	@echo "make fuzz       random and hostile inputs for FUZZ_SECONDS=$(FUZZ_SECONDS); needs clang and atheris"
 	@echo "make bench      decode speed at depth, dense against FASA, into docs/bench"
 	@echo "make bench-types  the same at 30,000 tokens for all 81 pairs of K and V types"
-	@echo "make recall     what the index finds with 2, 4 and 8 bits, and its speed"
-	@echo "make retrieval  retrieval table on fresh documents, into docs/bench"
+	@echo "make layouts    the same for index layouts from 3 to 65 bytes per token"
+	@echo "make selection  answers, attention mass and KLD of every selector, into docs/bench and docs/images"
 	@echo "make format     rewrite sources in the project's format"
 	@echo "make clean      remove builds, keep the environment"
 
@@ -144,18 +144,32 @@ bench-types: setup
 	$(BIN)/pyfasa bench -m $(MODEL) -d 30000 -ctk all -ctv all -t $(THREADS) -n 16 -r 2 -o csv > docs/bench/decode-types.csv
 	$(BIN)/python docs/bench/tables.py
 
-recall: setup
-	$(BIN)/python docs/bench/index_bits.py $(MODEL) > docs/bench/index-bits.csv
-	for bits in 2 4 8; do \
-		$(BIN)/pyfasa bench -m $(MODEL) -d 30000 --index-bits $$bits -ctk q8_0 -ctv q8_0 -t $(THREADS) -o csv \
-			> docs/bench/decode-bits-$$bits.csv || exit 1; \
-	done
+# Answers, attention mass and KLD of every selector, about an hour on two cores; results that are there are kept.
+SELECTION := build/selection
+ANSWERS   := --task needle --tokens 8000,16000 --questions 100 --budget 64,256,1024 -t $(THREADS)
+SIZES     := allocation:2,allocation:3,allocation:4,allocation:6,allocation:10,allocation:20,variance:3,variance:6,variance:10,variance:20
+PAPER     := agreement:3,agreement:6,agreement:10,agreement:20,greedy:3,greedy:6,greedy:10,greedy:20
+RIVALS    := quest:64,quest:26,quest:13,sparq:3,sparq:5,sparq:10,double-sparsity:8,double-sparsity:16,double-sparsity:36
+
+selection: setup
+	mkdir -p $(SELECTION)
+	$(BIN)/pyfasa eval $(MODEL) $(ANSWERS) --results $(SELECTION)/ours.jsonl \
+		--setting dense,$(SIZES),$(PAPER),random:10,random:20,lowfreq:10,lowfreq:20
+	$(BIN)/pyfasa eval $(MODEL) $(ANSWERS) --results $(SELECTION)/rivals.jsonl --index-bytes 10,20 \
+		--setting dense,oracle,quest,sparq,double-sparsity,streaming,snapkv,h2o
+	$(BIN)/pyfasa eval $(MODEL) --task mass --tokens 8000,16000 --texts 3 --budget 64,256,1024 -t $(THREADS) \
+		--results $(SELECTION)/mass.jsonl \
+		--setting oracle,$(SIZES),$(PAPER),random:3,random:6,random:10,random:20,$(RIVALS)
+	$(BIN)/pyfasa eval $(MODEL) --task kld --tokens 8000 --texts 8 --budget 64,256,1024,2048 -t $(THREADS) \
+		--results $(SELECTION)/kld.jsonl --setting dense,oracle,allocation:6,allocation:10,allocation:20,quest:26,quest:13
+	$(BIN)/python docs/bench/outliers.py $(MODEL) $(SELECTION)/outliers.gguf
+	$(BIN)/pyfasa eval $(SELECTION)/outliers.gguf --task needle --tokens 8000 --questions 100 --budget 256,1024 -t $(THREADS) \
+		--results $(SELECTION)/outliers.jsonl --setting dense,oracle,allocation:6,allocation:10,allocation:20,variance:10,quest:26,quest:13
+	$(BIN)/python docs/bench/selection.py $(SELECTION)/*.jsonl
 	$(BIN)/python docs/bench/tables.py
 
-retrieval: setup
-	mkdir -p docs/bench
-	$(BIN)/python -m pyfasa.evaluate $(MODEL) --tokens 8000 --questions 40 \
-		--csv docs/bench/retrieval-8000.csv
+layouts: setup
+	$(BIN)/python docs/bench/layouts.py $(MODEL) $(THREADS) > docs/bench/layouts.csv
 	$(BIN)/python docs/bench/tables.py
 
 clean:

@@ -341,7 +341,7 @@ def evaluate(
         typer.Option(
             "--task",
             metavar="T,..",
-            help="needle, multikey, tracking, aggregation, kld, ppl, custom.",
+            help="needle, multikey, tracking, aggregation, mass, kld, ppl, custom.",
         ),
     ] = "needle",
     tokens: Annotated[

@@ -58,6 +58,7 @@ def make_samples(
     texts: Sequence[str | os.PathLike[str]] | None,
     n_ctx: int,
     seed: int,
+    documents: int = DOCUMENTS,
 ) -> list[Sample]:
     """One sample per window of a text, or the built-in documents; ``pyfasa.calibrate`` documents the arguments."""
     if texts is not None and len(texts) == 0:
@@ -67,7 +68,7 @@ def make_samples(
     # The context's size depends on the samples, so they are made with the vocabulary alone.
     with closing(open_vocabulary(model_path)) as vocab:
         if texts is None:
-            return [_with_questions(vocab, n_ctx, seed * DOCUMENTS + i) for i in range(DOCUMENTS)]
+            return [_with_questions(vocab, n_ctx, seed * documents + i) for i in range(documents)]
         return [sample for text in texts for sample in _from_text(vocab, Path(text), n_ctx)]
 
 

@@ -167,7 +167,7 @@ class Tally:
             head_keys = np.ascontiguousarray(keys[:, head])
             self.importance[layer, head] += METHODS[self.method](own[row % 3 == 0], head_keys, dims)
             ranked = np.argsort(-self.importance[layer, head], kind="stable")
-            entries = _Entries(head_keys, dims[ranked], center[layer, head], scale[layer, head])
+            entries = Entries(head_keys, dims[ranked], center[layer, head], scale[layer, head])
             for part, rows in enumerate(parts):
                 attention = Attention.of(own[rows], head_keys, visible[rows])
                 budgets = [max(1, int(len(keys) * share)) for share in SHARES]
@@ -183,7 +183,7 @@ class Tally:
             self.n_row[part, layer] += len(rows) * group
 
 
-class _Entries:
+class Entries:
     """What index entries say about the keys of a head, segments made once for all candidates that have them."""
 
     def __init__(self, keys: F32, ranked: Ints, center: F32, scale: F32) -> None:

@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/benchmarks.md from the CSV files in this folder.
 
-`make bench` and `make retrieval` make the data and then call this script. A table stands between two comment lines,
+`make bench`, `make layouts` and `make selection` make the data and then call this script. A table stands between two comment lines,
 `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything between them is replaced.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -94,19 +93,15 @@ def types_table() -> str:
     return markdown(["K \\ V", *types], table)
 
 
-def bits_table() -> str:
-    """One row per width of the index: memory, what it finds, speed."""
-    found = {(r["bits"], r["budget"]): number(r["mass"]) for r in read("index-bits.csv")}
-    size = {r["bits"]: r["bytes_per_cell"] for r in read("index-bits.csv")}
-    table = [["exact scores", "", *(f"{found['0', b]:.3f}" for b in ("64", "256", "1024")), ""]]
-    for bits in ("2", "4", "8"):
-        runs = read(f"decode-bits-{bits}.csv")
-        speeds = [number(r["avg_ts"]) for r in runs if r["attention"] == "fasa"]
-        share = f"{size[bits]} ({100 * int(size[bits]) / 256:.1f} %)"
-        mass = [f"{found[bits, b]:.3f}" for b in ("64", "256", "1024")]
-        table.append([f"{bits} bits", share, *mass, f"{speeds[0]:.0f}" if speeds else ""])
-    header = ["index", "bytes per token and KV head", "found by 64", "by 256", "by 1,024 cells"]
-    return markdown([*header, "t/s at 30,000"], table)
+def layouts_table() -> str:
+    """One row per layout of the index: memory, speed of score, tokens per second."""
+    rows = [
+        [r["layout"], f"{number(r['bytes_per_cell']):.3g}", r["score_us"], r["gb_per_s"],
+         f"{number(r['fasa_ts']):.0f}", f"{number(r['fasa_ts']) / number(r['dense_ts']):.1f} x"]
+        for r in read("layouts.csv")
+    ]  # fmt: skip
+    header = ["layout", "bytes per token and KV head", "score us per token", "GB/s", "t/s", "to dense"]
+    return markdown(header, rows)
 
 
 def rows_table() -> str:
@@ -118,19 +113,73 @@ def rows_table() -> str:
     return markdown(["rows in the batch", "llama.cpp ms", "pyfasa ms", "ratio"], rows)
 
 
-def retrieval_table(*, short: bool) -> str:
-    """All settings, or those that a newcomer wants to see: dense and the profile as it comes."""
-    answers: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in read("retrieval-8000.csv"):
-        answers[row["setting"]].append(row)
+SIZES = ("2", "3", "4", "6", "10", "20")
+METHODS = ("allocation", "variance", "greedy", "agreement", "lowfreq", "random", "quest", "sparq", "double-sparsity")
+
+
+def summaries(task: str, n_tokens: int, model: str = "bundled") -> list[dict[str, str]]:
+    wanted = model, task, str(n_tokens)
+    return [r for r in read("selection.csv") if (r["model"], r["task"], r["n_tokens"]) == wanted]
+
+
+def curve_table(task: str, n_tokens: int) -> str:
+    """A row per method, a column per size; a cell has the scores at all budgets."""
+    rows = summaries(task, n_tokens)
+    budgets = sorted({int(r["budget"]) for r in rows if r["budget"]})
+    digits = 1 if task == "mass" else 0
+
+    def cell(own: list[dict[str, str]]) -> str:
+        found = {int(r["budget"]): number(r["score"]) for r in own if r["budget"]}
+        return " / ".join(f"{100 * found[b]:.{digits}f}" for b in budgets if b in found)
+
+    table = []
+    for method in METHODS:
+        own = [r for r in rows if r["name"].split(":")[0] == method]
+        cells = [
+            cell([r for r in own if abs(number(r["bytes_per_cell"]) / float(size) - 1) < 0.26])
+            for size in SIZES
+        ]
+        if any(cells):
+            table.append([method, *cells])
+    for name in ("oracle", "streaming", "snapkv", "h2o"):
+        own = [r for r in rows if r["name"] == name]
+        if own:
+            blank = [""] * (len(SIZES) - 1)
+            table.append([f"{name}, {number(own[0]['bytes_per_cell']):g} bytes", *blank, cell(own)])
+    dense = [r for r in rows if r["name"] == "dense"]
+    if dense:
+        table.append(["dense", *[""] * (len(SIZES) - 1), f"{100 * number(dense[0]['score']):.{digits}f}"])
+    return markdown(["method", *(f"{size} bytes" for size in SIZES)], table)
+
+
+def kld_table() -> str:
+    rows = [
+        [r["name"], r["budget"], *(f"{number(r[c]):.5f}" for c in ("median_kld", "mean_kld")),
+         f"{number(r['p99_kld']):.4f}", f"{100 * number(r['as_dense']):.1f} %", f"{number(r['ppl_ratio']):.4f} x"]
+        for r in summaries("kld", 8000) if r["budget"]
+    ]  # fmt: skip
+    return markdown(["setting", "budget", "median KLD", "mean", "99th percentile", "same top token", "perplexity"], rows)
+
+
+def outliers_table() -> str:
+    both = [
+        {(r["name"], r["budget"]): f"{100 * number(r['score']):.0f} %" for r in summaries("needle", 8000, model)}
+        for model in ("bundled", "outliers")
+    ]
+    rows = [[name, budget, both[0].get((name, budget), ""), score] for (name, budget), score in both[1].items()]
+    return markdown(["setting", "budget", "bundled model", "with outlier channels"], rows)
+
+
+def answers_table() -> str:
+    """What a newcomer wants to see: dense, the oracle and the profile's layout."""
     rows = []
-    for setting, own in answers.items():
-        if short and not setting.startswith(("dense", "bundled")):
-            continue
-        right = sum(row["right"] == "True" for row in own)
-        attended = sum(number(row["attended"]) for row in own) / len(own)
-        rows.append([setting, f"{right} of {len(own)}", f"{100 * attended:.1f} %"])
-    return markdown(["setting", "right", "cells attended"], rows)
+    for n_tokens in (8000, 16000):
+        for r in summaries("needle", n_tokens):
+            if r["name"] in ("dense", "allocation:10") and r["budget"] != "64":
+                name = "llama.cpp" if r["name"] == "dense" else f"pyfasa, {int(r['budget']):,} tokens per head"
+                attended = f"{100 * number(r['attended']):.1f} %"
+                rows.append([f"{n_tokens:,}", name, f"{100 * number(r['score']):.0f} of {r['n']}", attended])
+    return markdown(["document", "attention", "right", "cells attended"], rows)
 
 
 def put(path: Path, tables: dict[str, str]) -> None:
@@ -146,12 +195,14 @@ def main() -> None:
         "decode": decode_table(),
         "stages": stage_table(),
         "types": types_table(),
-        "bits": bits_table(),
+        "layouts": layouts_table(),
         "rows": rows_table(),
-        "retrieval": retrieval_table(short=False),
-        "retrieval-short": retrieval_table(short=True),
+        "answers": answers_table(),
+        "kld": kld_table(),
+        "outliers": outliers_table(),
+        **{f"{task}-{n}": curve_table(task, n) for task in ("needle", "mass") for n in (8000, 16000)},
     }
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "cache.md"):
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         put(path, tables)
 
 

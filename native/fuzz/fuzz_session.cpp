@@ -22,7 +22,7 @@ struct HostileProfile {
         bits.reset(new uint8_t[n_chunk]);
         for (int64_t i = 0; i < n_chunk; ++i) {
             chunks[i] = hostile && in.chance(16) ? in.raw<uint16_t>() : static_cast<uint16_t>(i % view.n_ranked);
-            bits[i]   = in.chance(16) ? 0 : hostile && in.chance(16) ? in.raw<uint8_t>() : uint8_t(2 << i % 3);
+            bits[i]   = in.chance(16) ? 0 : hostile && in.chance(16) ? in.raw<uint8_t>() : uint8_t(1 << i % 4);
         }
         center = in.reals(n_channel, hostile);
         scale  = in.reals(n_channel, hostile);
@@ -57,7 +57,7 @@ fasa_config hostile_config(Input & in) {
     c.enabled     = in.number<int32_t>(0, 1);
     c.budget      = in.number<int32_t>(1, 4096);
     c.n_fc        = in.number<int32_t>(0, 128);
-    c.bits        = in.chance(2) ? 0 : in.number<int32_t>(2, 8);
+    c.bits        = in.chance(2) ? 0 : in.number<int32_t>(1, 8);
     c.max_rows    = in.number<int32_t>(0, FASA_MAX_ROWS);
     c.min_ctx     = in.number<int32_t>(0, 4096);
     c.sinks       = in.number<int32_t>(0, 8);

@@ -96,7 +96,7 @@ void layout_write_score(Input & in) {
     const int32_t   step = in.chance(2) ? 1 : 3; // 3 has no common factor with a power of two
     for (int32_t i = 0; i < n_given; ++i) {
         fc[i]   = in.chance(32) ? in.raw<uint16_t>() : static_cast<uint16_t>(i * step % std::max(1, head_dim / 2));
-        bits[i] = in.chance(32) ? in.raw<uint8_t>() : static_cast<uint8_t>(2 << in.within(0, 2));
+        bits[i] = in.chance(32) ? in.raw<uint8_t>() : static_cast<uint8_t>(1 << in.within(0, 3));
     }
     const auto center = in.reals(n_dim, hostile), scale = in.reals(n_dim, hostile);
     for (int32_t i = 0; i < n_dim && !hostile; ++i) {

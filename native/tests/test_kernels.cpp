@@ -37,7 +37,7 @@ LayoutPtr make_layout(std::mt19937 & rng, int32_t head_dim, int32_t n_rot, int32
     std::shuffle(fc.begin(), fc.end(), rng);
     std::vector<uint8_t> widths(n_fc);
     for (uint8_t & w : widths) {
-        w = static_cast<uint8_t>(bits != 0 ? bits : 2 << rng() % 3);
+        w = static_cast<uint8_t>(bits != 0 ? bits : 1 << rng() % 4);
     }
     fasa_layout * layout = nullptr;
     CHECK_EQUAL(fasa_layout_create(head_dim, n_rot, rope, n_fc, fc.data(), widths.data(), nullptr, nullptr, &layout),
@@ -66,7 +66,7 @@ struct HeadShape {
 const HeadShape kHeads[] = {
     {128, 128, FASA_ROPE_NORM, 16, 4},  {128, 64, FASA_ROPE_NEOX, 17, 0}, {64, 64, FASA_ROPE_NEOX, 11, 2},
     {96, 96, FASA_ROPE_NORM, 7, 8},     {80, 40, FASA_ROPE_NEOX, 13, 0},  {256, 256, FASA_ROPE_NEOX, 128, 0},
-    {256, 128, FASA_ROPE_NORM, 128, 2}, {32, 32, FASA_ROPE_NORM, 16, 8},
+    {256, 128, FASA_ROPE_NORM, 128, 2}, {32, 32, FASA_ROPE_NORM, 16, 8},  {64, 64, FASA_ROPE_NEOX, 21, 1},
 };
 
 } // namespace

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyfasa.evaluation import mass, teacher
 from pyfasa.evaluation import tasks as questions
-from pyfasa.evaluation import teacher
 from pyfasa.evaluation.decode import (
     QUESTION,
     Observed,
     answer,
     applied,
+    n_layer,
     prompt_of,
     read,
     read_observed,
@@ -28,6 +29,7 @@ from pyfasa.evaluation.results import ResultsFile, Row
 from pyfasa.evaluation.settings import Setting
 from pyfasa.evaluation.tasks import Group, make_cases, read_custom
 from pyfasa.identity import ModelIdentity
+from pyfasa.samples import make_samples
 
 if TYPE_CHECKING:
     from pyfasa.llama import Llama
@@ -87,8 +89,11 @@ class _Run:
                 for n in plan.tokens:
                     for group in make_cases(task, self.tokenize, n, plan.questions, plan.seed):
                         yield from self._group(group)
-        for n, number in ((n, i) for n in plan.tokens for i in range(plan.texts) if forced):
-            yield from self._text(forced, n, number)
+        for n, number in ((n, i) for n in plan.tokens for i in range(plan.texts)):
+            if forced:
+                yield from self._text(forced, n, number)
+            if mass.TASK in plan.tasks:
+                yield from self._mass(n, number)
 
     # ---- questions ----
 
@@ -186,6 +191,32 @@ class _Run:
             return read_observed(self.llm, last, start)
         read(self.llm, last, start)
         return None
+
+    # ---- attention mass ----
+
+    def _mass(self, n_tokens: int, number: int) -> Iterator[Row]:
+        plan = self.plan
+        seed = teacher.SEEDS * (plan.seed + 1) + number
+        (sample,) = make_samples(self.llm.model_path, None, n_tokens, seed, documents=1)
+        base = {"case": f"{n_tokens}/{number}", "prompt": _digest([t for run, _ in sample.runs for t in run])}
+        done = {
+            s.label: self.file.get(self._blank(s, task=mass.TASK, **base).key) for s in self.settings
+        }
+        missing = [s for s in self.settings if done[s.label] is None]
+        if missing:
+            self.tell(f"mass: reading {n_tokens:,} tokens", 0)
+            layers = mass.capture(self.llm, sample, n_layer(self.llm))
+            by_label = {s.label: s for s in missing}
+            for label, found in mass.masses(layers, missing):
+                row = self._blank(
+                    by_label[label], task=mass.TASK, **base, n_tokens=n_tokens, score=found,
+                    n_steps=mass.ROWS,
+                    attended=min(1.0, (by_label[label].budget or n_tokens) / n_tokens),
+                )  # fmt: skip
+                self.file.add(row)
+                done[label] = row
+                self.tell(f"mass {number}: {label}", 1)
+        yield from (row for row in done.values() if row is not None)
 
     def _blank(self, setting: Setting, *, task: str, case: str, prompt: str, **found: Any) -> Row:
         """A row with what is known before it is run, and what was found."""

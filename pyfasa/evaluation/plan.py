@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyfasa.console import note
+from pyfasa.evaluation import mass, teacher
 from pyfasa.evaluation import tasks as questions
-from pyfasa.evaluation import teacher
 from pyfasa.evaluation.tasks import read_custom
 from pyfasa.identity import Header
 
-TASKS = (*questions.TASKS, *teacher.TASKS, "custom")
+TASKS = (*questions.TASKS, *teacher.TASKS, mass.TASK, "custom")
 TOKENS = (4096, 8192)
 MARGIN = 320  # tokens around a document: chat template, question, answer
 MIN_TOKENS = 256
@@ -56,12 +56,13 @@ class Plan:
     def room(self) -> int:
         """Tokens that a context needs beside the longest document."""
         after = self.rows + 1 if set(self.tasks) & set(teacher.TASKS) else 0
-        return max(MARGIN + (self.max_tokens or 0), after)
+        asked = mass.ROOM if mass.TASK in self.tasks else 0
+        return max(MARGIN + (self.max_tokens or 0), after, asked)
 
     def n_rows(self, n_settings: int) -> int:
         """Results in all."""
         per_length = [
-            self.texts if task in teacher.TASKS else self.questions
+            self.texts if task in (*teacher.TASKS, mass.TASK) else self.questions
             for task in self.tasks
             if task != "custom"
         ]

@@ -18,7 +18,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     parts = []
     for (task, n_tokens), group in groupby(summarize(rows), lambda s: (s.task, s.n_tokens)):
         own = list(group)
-        unit = "rows" if task in _COLUMNS else "questions"
+        unit = _UNITS.get(task, "questions")
         length = f"{n_tokens:,} tokens, " if n_tokens else ""
         columns = _COLUMNS.get(task, _answers)
         table = [
@@ -70,7 +70,12 @@ def _ppl(one: Summary) -> dict[str, str]:
     return {"perplexity": f"{one.ppl:.3f}", "to dense": f"{one.ppl_ratio:.4f} x"}
 
 
-_COLUMNS = {"kld": _kld, "ppl": _ppl}
+def _mass(one: Summary) -> dict[str, str]:
+    return {"attention found": _share(one.score)}
+
+
+_COLUMNS = {"kld": _kld, "ppl": _ppl, "mass": _mass}
+_UNITS = {"kld": "rows", "ppl": "rows", "mass": "documents"}
 
 
 def _share(value: float) -> str:

@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 TASKS = ("ppl", "kld")
 ROWS = 256
 BATCH = 8  # rows in a batch of decoding
-_SEEDS = 1_000_000
+SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Comparison:
 
 def make_text(tokenize: Tokenize, n_tokens: int, seed: int, number: int = 0) -> str:
     """Text of the standard library, of n_tokens or a few more; equal arguments give equal text."""
-    rng = random.Random(f"text {_SEEDS * (seed + 1) + number}")
+    rng = random.Random(f"text {SEEDS * (seed + 1) + number}")
     return hide(tokenize, n_tokens + max(8, n_tokens // 50), [], [], rng).text
 
 
