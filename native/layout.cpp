@@ -136,8 +136,8 @@ void Layout::write(const float * key, uint8_t * block, int32_t cell) const {
         }
         Codes codes;
         (segment.bits >= 4 ? quantize_finely : quantize_coarsely)(x, n_used, segment.bits, &codes);
-        uint8_t * steps = block + segment.offset;
-        steps[cell]     = codes.step;
+        uint8_t * steps     = block + segment.offset;
+        steps[cell]         = codes.step;
         const uint32_t mask = (1u << segment.bits) - 1u;
         for (int32_t i = 0; i < n; ++i) {
             const CodePlace at   = code_place(segment.bits, i, cell);

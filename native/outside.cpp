@@ -39,8 +39,8 @@ void hide_and_find_peaks(const Visible & visible, float * scores, float * peaks)
         float * peak = peaks + b * FASA_PEAKS;
         std::fill(peak, peak + FASA_PEAKS, kHidden);
         for (int64_t c = 0; c < FASA_BLOCK_CELLS; ++c) {
-            float & score = scores[b * FASA_BLOCK_CELLS + c];
-            score         = (visible.words[b] >> c & 1u) != 0 ? score : kHidden;
+            float & score        = scores[b * FASA_BLOCK_CELLS + c];
+            score                = (visible.words[b] >> c & 1u) != 0 ? score : kHidden;
             peak[c % FASA_PEAKS] = std::max(peak[c % FASA_PEAKS], score);
         }
     }
@@ -48,11 +48,11 @@ void hide_and_find_peaks(const Visible & visible, float * scores, float * peaks)
 
 // False when the scorer failed.
 bool score_row(const NodeWork & w, const Row & row, int64_t first_changed) {
-    const auto          head_dim = static_cast<int32_t>(w.plan.k->ne[0]);
-    const int64_t       n_score  = row.visible->n_block * FASA_BLOCK_CELLS;
-    const int64_t       stream   = w.plan.first_stream + row.stream;
-    std::vector<float>  queries(static_cast<size_t>(w.plan.n_head) * head_dim);
-    std::vector<float>  scores(static_cast<size_t>(w.plan.n_head * n_score), kHidden);
+    const auto         head_dim = static_cast<int32_t>(w.plan.k->ne[0]);
+    const int64_t      n_score  = row.visible->n_block * FASA_BLOCK_CELLS;
+    const int64_t      stream   = w.plan.first_stream + row.stream;
+    std::vector<float> queries(static_cast<size_t>(w.plan.n_head) * head_dim);
+    std::vector<float> scores(static_cast<size_t>(w.plan.n_head * n_score), kHidden);
     for (int64_t h = 0; h < w.plan.n_head; ++h) {
         rope_query(w, h, row, queries.data() + h * head_dim);
     }

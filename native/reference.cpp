@@ -16,9 +16,9 @@ namespace {
 double score_cell(const Layout & layout, const float * q, const uint8_t * block, int32_t cell) {
     double score = 0;
     for (const Segment & segment : layout.segments) {
-        const uint8_t * steps = block + segment.offset;
+        const uint8_t * steps  = block + segment.offset;
         const double    step   = step_value(steps[cell]);
-        const double middle = 0.5 * ((1 << segment.bits) - 1);
+        const double    middle = 0.5 * ((1 << segment.bits) - 1);
         for (int32_t i = 0; i < 4 * segment.n_quad; ++i) {
             const int32_t slot = segment.slot + i;
             if (layout.dims[slot] == Layout::kNoDim) {

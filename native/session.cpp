@@ -311,7 +311,8 @@ void Session::complete_work() {
         } else {
             for (const Row & row : w.plan.rows) {
                 counters_.cells_visible += row.visible->n_cell * w.plan.n_head;
-                counters_.bytes_scored += row.attend_all || scorer_ != nullptr ? 0 : row.visible->n_block * w.index->block_bytes();
+                counters_.bytes_scored +=
+                    row.attend_all || scorer_ != nullptr ? 0 : row.visible->n_block * w.index->block_bytes();
             }
             for (const int64_t n_block : w.plan.n_block) {
                 counters_.cells_verified += config_.verify != 0 ? n_block * FASA_BLOCK_CELLS : 0;

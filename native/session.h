@@ -78,9 +78,9 @@ class Session {
     bool                                        running_ = false;
     std::unique_ptr<Profile>                    profile_;
     std::shared_ptr<const Profile::Layouts>     layouts_;
-    fasa_config                                 config_  = {};
-    const Kernels *                             kernels_ = nullptr;
-    fasa_scorer                                 scorer_  = nullptr;
+    fasa_config                                 config_      = {};
+    const Kernels *                             kernels_     = nullptr;
+    fasa_scorer                                 scorer_      = nullptr;
     void *                                      scorer_user_ = nullptr;
     std::map<int32_t, Layer>                    layers_; // by layer number
     std::map<int32_t, Captured>                 captured_;

@@ -26,11 +26,11 @@ SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> 
 }
 
 bool SideIndex::serves(const Plan & plan, const Profile::Layouts * layouts, bool keep_keys) const {
-    return keep_keys == (keys_ != nullptr) && root_ == plan.k_root && root_data_ == plan.k_root->data && layouts_.get() == layouts &&
-           n_stream_ == root_->ne[2] && n_cell_ == root_->ne[1] && n_head_kv_ == plan.n_head_kv &&
-           head_dim_ == static_cast<int32_t>(plan.k->ne[0]) && type_ == static_cast<int32_t>(plan.k->type) &&
-           rotation_ == plan.rotation && row_bytes_ == static_cast<int64_t>(root_->nb[1]) &&
-           head_bytes_ == static_cast<int64_t>(plan.k->nb[2]);
+    return keep_keys == (keys_ != nullptr) && root_ == plan.k_root && root_data_ == plan.k_root->data &&
+           layouts_.get() == layouts && n_stream_ == root_->ne[2] && n_cell_ == root_->ne[1] &&
+           n_head_kv_ == plan.n_head_kv && head_dim_ == static_cast<int32_t>(plan.k->ne[0]) &&
+           type_ == static_cast<int32_t>(plan.k->type) && rotation_ == plan.rotation &&
+           row_bytes_ == static_cast<int64_t>(root_->nb[1]) && head_bytes_ == static_cast<int64_t>(plan.k->nb[2]);
 }
 
 int64_t SideIndex::cells_in(int64_t block) const {

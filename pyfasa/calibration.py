@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import pyfasa
 from pyfasa import allocation
 from pyfasa.attach import check_host
+from pyfasa.errors import ProfileError
 from pyfasa.identity import ModelIdentity
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
@@ -28,8 +29,8 @@ from pyfasa.ranking import METHODS
 from pyfasa.samples import Sample, make_samples
 from pyfasa.tally import CHOICE, HELD_BACK, Tally, joined
 
-
 DEFAULT_BYTES = 0.16  # of an index entry, per dim of the head: docs/method.md tells why
+N_CTX = 4096  # tokens of a calibration document
 
 
 def calibrate(
@@ -40,7 +41,7 @@ def calibrate(
     index_bytes: float | None = None,
     n_fc: int | None = None,
     bits: int | None = None,
-    n_ctx: int = 4096,
+    n_ctx: int = N_CTX,
     seed: int = 0,
     add: Sequence[str | os.PathLike[str]] = (),
     keep: str | os.PathLike[str] | None = None,
@@ -76,6 +77,45 @@ def calibrate(
         does not fit.
     HostError : llama.cpp cannot be decorated.
     """
+    tally = measure(
+        model_path, texts, method=method, index_bytes=index_bytes, n_fc=n_fc, bits=bits, n_ctx=n_ctx,
+        seed=seed, add=add, progress=progress,
+    )  # fmt: skip
+    if keep is not None:
+        tally.save(keep)
+    return profile_of(
+        tally,
+        model_path,
+        method=method,
+        index_bytes=index_bytes,
+        texts=texts,
+        n_ctx=n_ctx,
+        seed=seed,
+    )
+
+
+def measure(
+    model_path: str | os.PathLike[str],
+    texts: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    method: str = "allocation",
+    index_bytes: float | None = None,
+    n_fc: int | None = None,
+    bits: int | None = None,
+    n_ctx: int = N_CTX,
+    seed: int = 0,
+    add: Sequence[str | os.PathLike[str]] = (),
+    reuse: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Tally:
+    """The slow part of ``calibrate``, with its arguments and errors: runs the model and adds up what it sees.
+
+    With method "allocation" the result does not depend on index_bytes: ``profile_of`` makes profiles of all sizes
+    from it. With the other methods it is of the chunks and bits that n_fc, bits and index_bytes give.
+
+    reuse : file in which the fresh run is saved; it is read instead of running the model if it holds a run of the
+        same model, method, texts, n_ctx and seed. Anything else in it is replaced.
+    """
     _check(method, index_bytes, n_fc, bits, n_ctx, seed)
     check_host()
     identity = ModelIdentity.read(os.fspath(model_path))
@@ -85,14 +125,74 @@ def calibrate(
             f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks."
         )
     candidates = _candidates(method, n_chunk, n_fc, bits, index_bytes)
-    ranking = "variance" if method == "allocation" else method
-    fresh = Tally.zeros(identity, ranking, candidates)
-    before = [fresh, *map(Tally.load, add)]  # the first checks that the others fit, and adds nothing
+    empty = Tally.zeros(identity, _ranking(method), candidates)
+    before = [
+        empty,
+        *map(Tally.load, add),
+    ]  # the first checks that the others fit, and adds nothing
     joined(before)
-    tally = joined([_run(model_path, identity, texts, fresh, n_ctx, seed, progress), *before[1:]])
-    if keep is not None:
-        tally.save(keep)
+    samples = make_samples(model_path, texts, n_ctx, seed)
+    fresh = None if reuse is None else _saved(reuse, empty, samples)
+    if fresh is None:
+        fresh = _run(model_path, identity, samples, empty, progress)
+        if reuse is not None:
+            fresh.save(reuse)
+    return joined([fresh, *before[1:]])
+
+
+def profile_of(
+    tally: Tally,
+    model_path: str | os.PathLike[str],
+    *,
+    method: str = "allocation",
+    index_bytes: float | None = None,
+    texts: Sequence[str | os.PathLike[str]] | None = None,
+    n_ctx: int = N_CTX,
+    seed: int = 0,
+) -> Profile:
+    """The profile that ``calibrate`` returns for what ``measure`` has added up, or ``Tally.load`` has read.
+
+    method, texts, n_ctx, seed : as they were measured; the last three are only noted in the profile.
+    index_bytes : as for ``calibrate``; with methods other than "allocation" the measured chunks and bits stay.
+
+    Raises ValueError for an index_bytes out of range, ProfileError for a tally of another model or method.
+    """
+    _check(method, index_bytes, None, None, n_ctx, seed)
+    identity = ModelIdentity.read(os.fspath(model_path))
+    candidates = tally.candidates
+    if method == "allocation":
+        candidates = _candidates(method, identity.head_dim // 2, None, None, None)
+    one = len(tally.candidates) == 1
+    if one == (method == "allocation") or not tally.is_like(
+        Tally.zeros(identity, _ranking(method), candidates)
+    ):
+        raise ProfileError(
+            f"The calibration run is not of the model {identity.name!r} and the method {method!r}; make one of them "
+            "with `pyfasa calibrate --keep`."
+        )
     return _profile(tally, identity, method, index_bytes, texts, n_ctx, seed)
+
+
+def _ranking(method: str) -> str:
+    """How chunks are ranked."""
+    return "variance" if method == "allocation" else method
+
+
+def _saved(path: str | os.PathLike[str], like: Tally, samples: Sequence[Sample]) -> Tally | None:
+    """The run in a file, if it is of these samples and fits `like`."""
+    try:
+        tally = Tally.load(path)
+    except ProfileError:  # none yet, or of a version of pyfasa that sums up something else
+        return None
+    return tally if tally.is_like(like) and tally.data == _digest(samples) else None
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """sha256 of all tokens."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def _check(
@@ -114,9 +214,12 @@ def _check(
         raise ValueError(f"seed is {seed}; it must not be negative.")
     if bits is not None and bits not in (1, 2, 4, 8):
         raise ValueError(f"bits is {bits}; it must be 1, 2, 4 or 8.")
-    if method == "allocation" and (n_fc, bits) != (None, None):
+    numbers = {"n_fc": n_fc, "bits": bits}
+    given = [f"{name} is {value}" for name, value in numbers.items() if value is not None]
+    if method == "allocation" and given:
         raise ValueError(
-            "n_fc and bits are what allocation finds; give index_bytes, or method='variance' with them."
+            f"{' and '.join(given)}, but n_fc and bits are what allocation finds; give index_bytes, or "
+            "method='variance' with them."
         )
     if index_bytes is not None and n_fc is not None:
         raise ValueError("index_bytes and n_fc are both given; one follows from the other.")
@@ -127,10 +230,8 @@ def _check(
 def _run(
     model_path: str | os.PathLike[str],
     identity: ModelIdentity,
-    texts: Sequence[str | os.PathLike[str]] | None,
+    samples: Sequence[Sample],
     tally: Tally,
-    n_ctx: int,
-    seed: int,
     progress: bool,
 ) -> Tally:
     """The tally with all samples added."""
@@ -140,9 +241,7 @@ def _run(
         TextColumn("{task.completed}/{task.total} steps"),
         TimeElapsedColumn(),
     )
-    digest = hashlib.sha256()
     n_query = 0
-    samples = make_samples(model_path, texts, n_ctx, seed)
     room = max(sample.n_tokens for sample in samples)
     with (
         closing(
@@ -154,11 +253,10 @@ def _run(
     ):
         task = bar.add_task("calibrating", total=len(samples) * (identity.n_layer + 1))
         for sample in samples:
-            digest.update(np.array([t for run, _ in sample.runs for t in run], np.int32).tobytes())
             for _ in _add_sample(tally, llm, identity, sample):
                 bar.advance(task)
             n_query += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
-    return replace(tally, data=digest.hexdigest(), n_query=n_query)
+    return replace(tally, data=_digest(samples), n_query=n_query)
 
 
 def _profile(

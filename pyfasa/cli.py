@@ -1,4 +1,4 @@
-"""The `pyfasa` command: parse, call, print.
+"""The `pyfasa` command: parse, call, print. Profiles and eval have files of their own.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error told in one
 sentence, 2 wrong usage, 130 interrupted.
@@ -12,28 +12,26 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pyfasa import console
+from pyfasa import cli_profiles, console
+from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
     Chunks,
-    Force,
     KvType,
     MinCtx,
     Model,
     Output,
+    PlotFile,
     ProfileFile,
     Seed,
-    Table,
     Threads,
     TypeK,
     TypeV,
-    decimals,
     kv_types,
     numbers,
-    words,
 )
 
 app = typer.Typer(
@@ -66,10 +64,6 @@ def options(
     pass
 
 
-# ---- run ----------------------------------------------------------------------------------------
-
-
-@app.command()
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask.")] = "",
@@ -143,144 +137,6 @@ def run(
         console.note(f"dense: {reason or ', '.join(answer.dense)}")
 
 
-# ---- profiles -----------------------------------------------------------------------------------
-
-
-@app.command()
-def calibrate(
-    model: Model,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Text to calibrate on; repeatable.")
-    ] = None,
-    method: Annotated[
-        str, typer.Option("--method", help="allocation, variance, greedy or agreement.")
-    ] = "allocation",
-    index_bytes: Annotated[
-        float | None,
-        typer.Option("--index-bytes", help="Bytes of the side index per token and KV head."),
-    ] = None,
-    n_fc: Chunks = None,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="1, 2, 4 or 8 bits per dim; not with allocation.")
-    ] = None,
-    ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of a calibration document.")
-    ] = None,
-    seed: Seed = 0,
-    add: Annotated[
-        list[Path] | None, typer.Option("--add", help="Add a run saved with --keep; repeatable.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option("--keep", metavar="RUN.npz", help="Save this run for --add.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: <model>-fasa.gguf.")
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Find the frequency chunks that predict a model's attention; writes a profile."""
-    from pyfasa.embed import sidecar_path
-
-    path = output or sidecar_path(model)
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
-    from pyfasa.calibration import calibrate as find_chunks
-
-    chosen: dict[str, Any] = {"n_ctx": ctx, "keep": keep}
-    profile = find_chunks(
-        str(model),
-        [str(file) for file in text] if text else None,
-        method=method,
-        index_bytes=index_bytes,
-        n_fc=n_fc,
-        bits=bits,
-        seed=seed,
-        add=add or [],
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    profile.save(path, force=force)
-    console.note(f"wrote {path}: {console.confidence(profile)}")
-
-
-@app.command()
-def embed(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model with the profile.")],
-    profile: ProfileFile = None,
-    force: Force = False,
-) -> None:
-    """Copy a model with its profile inside."""
-    from pyfasa import embed as files
-    from pyfasa.profile import Profile
-
-    source = profile or files.sidecar_path(model)
-    if not source.exists():
-        raise ValueError(
-            f"{source} does not exist; name the profile with --profile, or make it with "
-            f"`pyfasa calibrate {model}`"
-        )
-    with console.byte_progress("writing") as update:
-        files.embed(model, Profile.load(source), output, force=force, progress=update)
-    console.note(f"wrote {output}")
-
-
-@app.command()
-def extract(
-    model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The profile file to write.")],
-    force: Force = False,
-) -> None:
-    """Write the profile inside a model to a file of its own."""
-    from pyfasa import embed as files
-
-    files.extract(model).save(output, force=force)
-    console.note(f"wrote {output}")
-
-
-@app.command()
-def remove(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model without a profile.")],
-    force: Force = False,
-) -> None:
-    """Copy a model without the profile inside."""
-    from pyfasa import embed as files
-
-    with console.byte_progress("writing") as update:
-        files.remove(model, output, force=force, progress=update)
-    console.note(f"wrote {output}")
-
-
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A model or a profile.")],
-) -> None:
-    """Show a model's identity, its profile, and what the side index costs."""
-    from pyfasa.embed import find_profile
-    from pyfasa.identity import Header, ModelIdentity
-    from pyfasa.profile import SIDECAR_TYPE, Profile
-
-    out = console.stdout()
-    source: Path | None = file
-    if Header.read(file).values.get("general.type") == SIDECAR_TYPE:
-        model = Profile.load(file).identity
-    else:
-        model = ModelIdentity.read(file)
-        source = find_profile(file)
-    out.print(console.pairs("model", vars(model)))
-    if source is None:
-        out.print(f"no profile: make one with `pyfasa calibrate {file}`", markup=False)
-        return
-    profile = Profile.load(source)
-    profile.check_model(model)
-    for table in console.profile_tables(source, profile):
-        out.print(table)
-
-
-# ---- bench, doctor, demo ------------------------------------------------------------------------
-
-
-@app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="A GGUF model.")],
     depth: Annotated[
@@ -305,11 +161,14 @@ def bench(
     ] = None,
     min_ctx: MinCtx = None,
     profile: ProfileFile = None,
+    plot: PlotFile = None,
 ) -> None:
     """Time decoding, dense against FASA, with a cache filled to a depth."""
-    from pyfasa import benchmark
+    from pyfasa import benchmark, plotting
     from pyfasa.doctor import cpu
 
+    if plot is not None:
+        plotting.check_output(plot)  # before minutes of work
     settings = benchmark.Settings(
         model=model,
         depths=numbers(depth),
@@ -331,104 +190,13 @@ def bench(
             for row in benchmark.bench(replace(settings, type_k=k, type_v=v), status.update)
         ]
     typer.echo(benchmark.FORMATS[output.value](rows))
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            metavar="T,..",
-            help="needle, multikey, tracking, aggregation, mass, kld, ppl, custom.",
-        ),
-    ] = "needle",
-    tokens: Annotated[
-        str, typer.Option("--tokens", metavar="N,..", help="Lengths of the documents.")
-    ] = "4096,8192",
-    questions: Annotated[
-        int, typer.Option("--questions", help="Questions per task and length.")
-    ] = 20,
-    setting: Annotated[
-        str,
-        typer.Option(
-            "--setting",
-            metavar="S,..",
-            help="dense, oracle, fasa, streaming, snapkv, h2o; with a size like :16, or at all "
-            "--index-bytes without: variance, agreement, greedy, allocation, random, lowfreq "
-            "(bytes), quest (tokens of a page), sparq, double-sparsity (channels).",
-        ),
-    ] = "dense,oracle,fasa,streaming",
-    budget: Annotated[
-        str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
-    ] = "1024",
-    index_bytes: Annotated[
-        str,
-        typer.Option(
-            "--index-bytes",
-            metavar="N,..",
-            help="Bytes read per token and KV head, for settings without a size.",
-        ),
-    ] = "10",
-    rows: Annotated[int, typer.Option("--rows", help="Decode rows per text of kld and ppl.")] = 256,
-    texts: Annotated[int, typer.Option("--texts", help="Texts of kld and ppl.")] = 1,
-    custom: Annotated[
-        Path | None,
-        typer.Option("--custom", help='JSONL of {"prompt": .., "expected": ..} for task custom.'),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("-n", "--max-tokens", help="Tokens of an answer at most.")
-    ] = None,
-    seed: Seed = 0,
-    type_k: TypeK = KvType.f16,
-    type_v: TypeV = KvType.f16,
-    threads: Threads = None,
-    profile: ProfileFile = None,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            "--results", help="JSONL of all answers; what is in it already is not run again."
-        ),
-    ] = None,
-    output: Annotated[Table, typer.Option("-o", "--output", help="Output format.")] = Table.md,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="DIR", help="Folder for plots (PNG).")
-    ] = None,
-) -> None:
-    """Ask about documents under dense attention, FASA and its rivals; tables, plots."""
-    from pyfasa.evaluation import evaluate as measure
-    from pyfasa.evaluation import plots, tables
-    from pyfasa.profile import Profile
-
     if plot is not None:
-        plots.check()  # before hours of work
-    found = measure(
-        model,
-        words(setting),
-        tasks=words(task),
-        tokens=numbers(tokens),
-        questions=questions,
-        budgets=numbers(budget),
-        index_bytes=decimals(index_bytes),
-        seed=seed,
-        rows=rows,
-        texts=texts,
-        custom=custom,
-        max_tokens=max_tokens,
-        profile=None if profile is None else Profile.load(profile),
-        results=results,
-        type_k=type_k.value,
-        type_v=type_v.value,
-        n_threads=threads,
-    )
-    typer.echo((tables.to_json if output is Table.json else tables.to_markdown)(found))
-    if plot is not None:
-        for path in plots.save_all(found, plot):
-            console.note(f"wrote {path}")
+        from pyfasa.evaluation.plots import speed_against_depth
+
+        plotting.save(speed_against_depth(rows), plot)
+        console.note(f"wrote {plot}")
 
 
-@app.command()
 def doctor(
     model: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", help="Also check this.")
@@ -455,7 +223,6 @@ def doctor(
     raise typer.Exit(0 if ok else 1)
 
 
-@app.command()
 def demo(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="Default: bundled.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the document.")] = 16000,
@@ -480,6 +247,22 @@ def demo(
         seed=seed,
     )
     raise typer.Exit(0 if show.show(settings) else 1)
+
+
+# Here, so that `pyfasa --help` lists them as they are used: ask, make a profile, measure, look after the installation.
+for command in (
+    run,
+    cli_profiles.calibrate,
+    cli_profiles.embed,
+    cli_profiles.extract,
+    cli_profiles.remove,
+    cli_profiles.inspect,
+    bench,
+):
+    app.command()(command)
+app.command("eval")(evaluate)
+app.command()(doctor)
+app.command()(demo)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -163,11 +162,21 @@ def confidence(profile: Profile) -> str:
 
 def profile_tables(source: Path, profile: Profile) -> list[Table]:
     """What a profile says, which chunks each KV head keeps, and what the side index costs."""
+    import numpy as np  # not at the top: `pyfasa --help` needs none
+
     names = ("method", "n_fc", "n_ranked", "data_name", "data_sha256", "n_ctx", "n_queries", "seed")
     values = {"file": source, **{name: getattr(profile, name) for name in (*names, "created_by")}}
 
     chunks = Table(title="chunks in use, best first", title_justify="left")
-    for name in ("layer", "KV head", "chunks", "bits", "bytes per cell", "attention found", "exact"):
+    for name in (
+        "layer",
+        "KV head",
+        "chunks",
+        "bits",
+        "bytes per cell",
+        "attention found",
+        "exact",
+    ):
         chunks.add_column(name, justify="left" if name == "chunks" else "right")
     reports = [profile.recall, profile.oracle]
     size = profile.bytes_per_cell()

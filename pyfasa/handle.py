@@ -25,7 +25,9 @@ def make_config(
 ) -> Config:
     """Settings as users give them: n_fc and index_bits None are the profile's own, min_ctx None is twice the budget."""
     if index_bits is not None and _whole("index_bits", index_bits) == 0:
-        raise ValueError("index_bits is 0; 1, 2, 4 or 8 bits exist, or None for those of the profile.")
+        raise ValueError(
+            "index_bits is 0; 1, 2, 4 or 8 bits exist, or None for those of the profile."
+        )
     if n_fc is not None and _whole("n_fc", n_fc) < 1:
         raise ValueError(
             f"n_fc is {n_fc}; at least 1 chunk is needed, or None for the profile's own number."

@@ -36,6 +36,9 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF model.")]
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="Profile to use instead of the model's own.")
 ]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="OUT.png", help="Also draw a plot (PNG).")
+]
 TypeK = Annotated[KvType, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")]
 TypeV = Annotated[KvType, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")]
 Threads = Annotated[

@@ -39,7 +39,7 @@ class Attention:
         cls, queries: F32, keys: F32, visible: Ints, *, sinks: int = 4, recent: int = 32
     ) -> Attention:
         """Scores are scaled by head_dim^-1/2, without soft-cap."""
-        n_row, group, dim = queries.shape
+        _, group, dim = queries.shape
         logits = queries.reshape(-1, dim) @ keys.T * np.float32(dim**-0.5)
         cell = np.arange(len(keys))
         logits[np.repeat(cell >= visible[:, None], group, axis=0)] = -np.inf

@@ -104,7 +104,10 @@ def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int) -> Sample:
     (first, _), *turns = _turns(vocab, document)
     # Answers look back at one place of the document; the end of the document and the first question ask as text does.
     return Sample(
-        [*_asked(tokenize(first, start=True)), *((tokenize(text), wanted) for text, wanted in turns)]
+        [
+            *_asked(tokenize(first, start=True)),
+            *((tokenize(text), wanted) for text, wanted in turns),
+        ]
     )
 
 

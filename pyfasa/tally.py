@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,10 @@ U8 = npt.NDArray[np.uint8]
 
 SHARES = (1 / 64, 1 / 16)  # of the context: budgets for which the attention mass is measured
 ROWS = 160  # per sample and KV head, of all its query heads, on which candidates are measured
-CHOICE, HELD_BACK = 0, 1  # parts of the rows: to choose between candidates, and to report on the choice
+CHOICE, HELD_BACK = (
+    0,
+    1,
+)  # parts of the rows: to choose between candidates, and to report on the choice
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,14 @@ class Tally:
             n_row=np.zeros((2, heads[0])),
         )
 
+    def is_like(self, other: Tally) -> bool:
+        """Whether both are of one model, method and list of candidates."""
+        same = (self.model, self.method) == (other.model, other.method)
+        return same and np.array_equal(self.candidates, other.candidates)
+
     def __add__(self, other: Tally) -> Tally:
         """Raises ProfileError when they are of different models, methods or candidates."""
-        same = (self.model, self.method) == (other.model, other.method)
-        if not same or not np.array_equal(self.candidates, other.candidates):
+        if not self.is_like(other):
             raise ProfileError(
                 "The calibration runs are of different models, methods or index settings and cannot be added; "
                 "calibrate each text with the same ones."
@@ -91,12 +99,17 @@ class Tally:
             if f.name not in ("model", "method", "data", "candidates")
         }
         data = hashlib.sha256("".join(sorted((self.data, other.data))).encode()).hexdigest()
-        return replace(self, **sums, data=data if self.data and other.data else self.data or other.data)
+        return replace(
+            self, **sums, data=data if self.data and other.data else self.data or other.data
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Replaces the file once it is complete."""
         with replacing(Path(path), force=True) as file:
-            np.savez(file, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+            values: dict[str, Any] = {
+                f.name: np.asarray(getattr(self, f.name)) for f in fields(self)
+            }
+            np.savez(file, **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tally:
@@ -104,7 +117,7 @@ class Tally:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 values: dict[str, Any] = {f.name: stored[f.name] for f in fields(cls)}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ProfileError(
                 f"{path} is no saved calibration run ({error}); make one with `pyfasa calibrate --keep`."
             ) from error
@@ -177,7 +190,8 @@ class Tally:
                     self.mass[part, layer, head, i] += attention.mass(scores, budgets).sum(axis=1)
 
         # Threads of BLAS under threads of ours wait for each other: five times slower, measured.
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        limits = threadpool_limits(1, user_api="blas")  # type: ignore[no-untyped-call]
+        with limits, ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(one, range(n_head_kv)))
         for part, rows in enumerate(parts):
             self.n_row[part, layer] += len(rows) * group

@@ -69,7 +69,9 @@ def test_bytes_go_to_the_head_that_gains() -> None:
     assert allocation.spend(sizes, gains, 2) == [0, 0]
     assert allocation.spend(sizes, gains, 5) == [0, 2]
     assert allocation.spend(sizes, gains, 8) == [2, 2]
-    with pytest.raises(ValueError, match=r"index_bytes is 1\.5, and the smallest index .* has 2 bytes"):
+    with pytest.raises(
+        ValueError, match=r"index_bytes is 1\.5, and the smallest index .* has 2 bytes"
+    ):
         allocation.spend(sizes, gains, 1.5)
 
 

@@ -294,6 +294,54 @@ def test_more_bytes_find_more(path: Path, text: Path) -> None:
     assert recalls == sorted(recalls)
 
 
+def test_a_measured_run_gives_profiles_of_all_sizes(path: Path, text: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "run.npz"
+    tally = module.measure(path, [text], reuse=kept, **SMALL)
+    noted: dict[str, Any] = {"texts": [text], "n_ctx": SMALL["n_ctx"]}
+    for size in (None, 4, 12):
+        wanted = calibrate(path, [text], index_bytes=size, **SMALL)
+        assert module.profile_of(tally, path, index_bytes=size, **noted) == wanted
+        loaded = module.Tally.load(kept)
+        assert module.profile_of(loaded, path, index_bytes=size, **noted) == wanted
+    with pytest.raises(ProfileError, match=r"not of the model .* and the method 'greedy'"):
+        module.profile_of(tally, path, method="greedy", **noted)
+    with pytest.raises(ValueError, match=r"index_bytes is 1\.5, and the smallest index"):
+        module.profile_of(tally, path, index_bytes=1.5, **noted)
+    other = write_model(tmp_path / "other.gguf", NORM, seed=9)
+    with pytest.raises(ProfileError, match="not of the model"):
+        module.profile_of(tally, other, **noted)
+    one = module.measure(path, [text], method="variance", index_bytes=6, **SMALL)
+    wanted = calibrate(path, [text], method="variance", index_bytes=6, **SMALL)
+    assert module.profile_of(one, path, method="variance", **noted) == wanted
+    with pytest.raises(ProfileError, match="the method 'allocation'"):
+        module.profile_of(one, path, **noted)
+
+
+def test_a_saved_run_is_reused_only_for_the_same_question(
+    path: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, run, runs = tmp_path / "run.npz", module._run, []
+    monkeypatch.setattr(module, "_run", lambda *a: (runs.append(1), run(*a))[1])
+    asked: dict[str, Any] = {"method": "variance", "reuse": kept, **SMALL}
+    for texts, options, fresh in (
+        ([text], {}, 1),
+        ([text], {}, 0),
+        ([text], {"n_fc": 3}, 1),
+        ([text, text], {"n_fc": 3}, 1),
+        ([text, text], {"n_fc": 3}, 0),
+    ):
+        runs.clear()
+        module.measure(path, texts, **asked, **options)
+        assert len(runs) == fresh, (texts, options)
+    for damage in (b"nonsense", kept.read_bytes()[:-200]):
+        kept.write_bytes(damage)
+        with pytest.raises(ProfileError, match=r"run\.npz is no saved calibration run"):
+            module.Tally.load(kept)
+        runs.clear()
+        module.measure(path, [text], **asked)
+        assert len(runs) == 1
+
+
 def test_the_bundled_model_keeps_its_index_small(tiny_model_path: Path) -> None:
     profile = bundled_profile(tiny_model_path)
     assert profile.bytes_per_cell().mean() <= 0.05 * 2 * 2 * 64  # of f16 K and V
@@ -302,7 +350,10 @@ def test_the_bundled_model_keeps_its_index_small(tiny_model_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"method": "oracle"}, "method is 'oracle'; it must be one of allocation, variance, agreement, greedy"),
+        (
+            {"method": "oracle"},
+            "method is 'oracle'; it must be one of allocation, variance, agreement, greedy",
+        ),
         ({"n_ctx": 511}, "n_ctx is 511; fewer than 512 tokens say nothing"),
         ({"bits": 3}, "bits is 3; it must be 1, 2, 4 or 8"),
         ({"bits": 2}, "n_fc and bits are what allocation finds; give index_bytes"),

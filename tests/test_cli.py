@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from typer.testing import CliRunner
 from pyfasa import console
 from pyfasa.cli import app
 from pyfasa.profile import Profile
+from support import bundled_profile, random_profile
 
 COMMANDS = [
     "run",
@@ -19,6 +24,7 @@ COMMANDS = [
     "remove",
     "inspect",
     "bench",
+    "eval",
     "doctor",
     "demo",
 ]  # as in README.md
@@ -43,6 +49,29 @@ def test_help_of_every_command(command: str) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0
     assert "Usage:" in out
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def test_help_lists_the_commands_in_their_order() -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    words = [line.strip("\u2502| ").split(" ")[0] for line in out.splitlines()]
+    assert [word for word in words if word in COMMANDS] == COMMANDS
+
+
+def test_starting_loads_nothing_heavy() -> None:
+    heavy = ("numpy", "llama_cpp", "gguf", "matplotlib", "pyfasa._native")
+    script = f"import sys, pyfasa.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +106,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         ["remove", "{}", "out.gguf"],
         ["inspect", "{}"],
         ["bench", "-m", "{}"],
+        ["eval", "{}"],
         ["demo", "-m", "{}"],
     ],
     ids=lambda arguments: arguments[0],
@@ -129,7 +159,7 @@ def test_calibrate_keeps_what_is_there(tiny_model_path: Path, tmp_path: Path) ->
 
 def test_calibrate_writes_a_profile_that_fits(tiny_model_path: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine.gguf"
-    options = ("--ctx", 512, "--n-fc", 8, "--bits", 2, "--seed", 3)
+    options = ("--method", "variance", "--ctx", 512, "--n-fc", 8, "--bits", 2, "--seed", 3)
     code, _, err = call("calibrate", tiny_model_path, "-o", target, *options)
     assert code == 0, err
     profile = Profile.load(target)
@@ -146,8 +176,33 @@ def test_calibrate_with_impossible_settings(
 ) -> None:
     target = tmp_path / "mine.gguf"
     code, _, err = call("calibrate", tiny_model_path, "-o", target, option, value)
-    assert_sentence(code, err, str(value))
+    assert_sentence(code, err, str(value), option.strip("-").replace("-", "_")[-3:])
     assert not target.exists()
+
+
+def test_calibrate_with_more_chunks_than_a_head_has(tiny_model_path: Path, tmp_path: Path) -> None:
+    options = ("-o", tmp_path / "mine.gguf", "--method", "variance", "--n-fc", 99)
+    assert_sentence(*call("calibrate", tiny_model_path, *options)[::2], "n_fc is 99", "1 to 32")
+
+
+def test_calibration_runs_add_up(one: Path, tmp_path: Path) -> None:
+    """--keep saves a run, --add adds it to another: as many queries as both have."""
+    first, second, kept = (tmp_path / name for name in ("a.gguf", "b.gguf", "run.npz"))
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, word in zip(texts, ("amber ", "birch and "), strict=True):
+        file.write_text("".join(f"{word}{i} " for i in range(80)))
+    options = ("--method", "variance", "--ctx", 512)
+    code, _, err = call("calibrate", one, "-o", first, "--text", texts[0], "--keep", kept, *options)
+    assert code == 0, err
+    code, _, err = call("calibrate", one, "-o", second, "--text", texts[1], "--add", kept, *options)
+    assert code == 0, err
+    assert Profile.load(second).n_queries == 2 * Profile.load(first).n_queries > 0
+
+    third = tmp_path / "c.gguf"
+    for bad, words in ((kept, "different models, methods"), (tmp_path / "none.npz", "none.npz")):
+        options = ("--text", texts[1], "--ctx", 512, "--method", "greedy", "--add", bad)
+        assert_sentence(*call("calibrate", one, "-o", third, *options)[::2], words)
+    assert not third.exists()
 
 
 def test_embed_without_profile_says_how_to_get_one(tmp_path: Path) -> None:
@@ -175,6 +230,96 @@ def test_profile_round_trip(tiny_model_path: Path, tmp_path: Path) -> None:
         assert code == 0
         for word in ("pyfasa-tiny-12m", "KV head", "131,072", "MiB"):
             assert word in out
+
+
+def test_inspect_draws_a_profile(tiny_model_path: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    code, out, err = call("inspect", tiny_model_path, "--plot", plot)
+    assert code == 0, err
+    assert "KV head" in out
+    assert "wrote" in err
+    assert "plot.png" in err
+    width, height = png_size(plot)
+    assert 1000 < width < 2000
+    assert 500 < height < 2000
+
+
+def test_inspect_draws_what_a_profile_has(tiny_model_path: Path, one: Path, tmp_path: Path) -> None:
+    """Without reports, with unranked chunks, with a layer that stays dense."""
+    full = bundled_profile(tiny_model_path)
+    bare = replace(full, importance=None, recall=None, oracle=None)
+    bits = full.bits.copy()
+    bits[0] = 0
+    profiles = [bare, replace(full, bits=bits), replace(full, bits=0 * bits), random_profile(one)]
+    for i, profile in enumerate(profiles):
+        file, plot = tmp_path / f"{i}.gguf", tmp_path / f"{i}.png"
+        profile.save(file)
+        code, _, err = call("inspect", file, "--plot", plot)
+        assert code == 0, err
+        assert min(png_size(plot)) > 500
+
+
+def test_importance_stands_at_the_chunk(tiny_model_path: Path) -> None:
+    from pyfasa.profile_plot import bits_by_chunk, importance_by_chunk
+
+    full = bundled_profile(tiny_model_path)
+    profile = replace(
+        full.with_n_fc(3),
+        chunks=full.chunks[..., :5], bits=full.bits[..., :5], importance=full.importance[..., :5],
+    )  # fmt: skip
+    share, bits = importance_by_chunk(profile), bits_by_chunk(profile)
+    assert share is not None
+    assert profile.importance is not None
+    for layer in range(profile.identity.n_layer):
+        own = dict(zip(profile.chunks[layer, 1].tolist(), range(5), strict=True))
+        best = profile.importance[layer, 1].max()
+        for chunk in range(profile.identity.head_dim // 2):
+            rank = own.get(chunk)
+            if rank is None:
+                assert str(share[layer, 1, chunk]) == "nan"
+                assert bits[layer, 1, chunk] == 0
+                continue
+            wanted = profile.importance[layer, 1, rank] / best
+            assert share[layer, 1, chunk] == pytest.approx(wanted)
+            assert bits[layer, 1, chunk] == (profile.bits[layer, 1, rank] if rank < 3 else 0)
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_plots_that_cannot_be_written(
+    command: str, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are told before the work."""
+    monkeypatch.setattr("pyfasa.benchmark.bench", lambda *_: pytest.fail("it ran"))
+    model = ["-m", tiny_model_path] if command == "bench" else [tiny_model_path]
+    for name, words in (
+        ("plot.jpg", "ends in .png"),
+        ("model.gguf", "ends in .png"),
+        ("none/plot.png", "does not exist"),
+    ):
+        code, out, err = call(command, *model, "--plot", tmp_path / name)
+        assert_sentence(code, err, Path(name).name, words)
+        assert out == ""
+    monkeypatch.setattr("pyfasa.plotting.find_spec", lambda name: None)
+    code, _, err = call(command, *model, "--plot", tmp_path / "plot.png")
+    assert_sentence(code, err, "matplotlib", "pip install 'pyfasa[plot]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_profile_to_plot(plain_model_path: Path, tmp_path: Path) -> None:
+    code, _, err = call("inspect", plain_model_path, "--plot", tmp_path / "plot.png")
+    assert_sentence(code, err, "no profile to plot", "pyfasa calibrate")
+
+
+def test_bench_draws_speed_against_depth(tiny_model_path: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "speed.png"
+    options = ("-d", "600,700", "-n", 2, "-r", 1, "--budget", 64, "-o", "csv", "--plot", plot)
+    code, out, err = call("bench", "-m", tiny_model_path, *options)
+    assert code == 0, err
+    assert len(out.splitlines()) == 1 + 4
+    assert "speed.png" in err
+    width, height = png_size(plot)
+    assert width > 700
+    assert height > 350
 
 
 def test_run_answers_from_a_document(tiny_model_path: Path, tmp_path: Path) -> None:

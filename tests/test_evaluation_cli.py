@@ -120,7 +120,7 @@ def test_lengths_are_cut_to_what_the_model_was_trained_for(
 def test_plots_are_checked_before_the_work(
     tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyfasa.evaluation.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("pyfasa.plotting.find_spec", lambda name: None)
     monkeypatch.setattr("pyfasa.evaluation.run.run", lambda *_: pytest.fail("it ran"))
     code, _, err = call(tiny_model_path, "--plot", tmp_path)
     assert code == 1

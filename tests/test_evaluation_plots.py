@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pyfasa import plotting
 from pyfasa.errors import HostError
 from pyfasa.evaluation import plots
 from test_evaluation_results import FORCED, ROW, sparse
@@ -75,13 +76,26 @@ def test_speed_against_depth(tmp_path: Path) -> None:
         "llama.cpp (dense)": [[1000.0, 614.3], [8192.0, 99.0]],
         "FASA, 1,024 tokens": [[1000.0, 600.0], [8192.0, 503.0]],
     }
+    rows: list[dict[str, Any]] = [
+        {"attention": "dense", "budget": None, "n_depth": 1000, "avg_ts": 614.3},
+        {"attention": "fasa", "budget": 1024, "n_depth": 1000, "avg_ts": 600.0},
+        {"attention": "dense", "budget": None, "n_depth": 8192, "avg_ts": 99.0},
+        {"attention": "fasa", "budget": 1024, "n_depth": 8192, "avg_ts": 503.0},
+    ]
+    axis = plots.speed_against_depth(
+        [row | {"type_k": "f16", "type_v": "f16"} for row in rows]
+    ).axes[0]
+    again = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+    assert again == lines, "rows of pyfasa.benchmark are drawn as the file of them is"
+    with pytest.raises(ValueError, match="what is given is no table of speeds"):
+        plots.speed_against_depth([])
     csv.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"speed.csv is no table of speeds"):
         plots.speed_against_depth(csv)
 
 
 def test_without_matplotlib_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     for plot in (lambda: plots.save_all(rows(), tmp_path), lambda: plots.speed_against_depth("x")):
         with pytest.raises(HostError, match=r"pip install 'pyfasa\[plot\]'"):
             plot()

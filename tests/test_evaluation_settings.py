@@ -33,14 +33,17 @@ def make_profile(n_ranked: int = 32, method: str = "variance", bits: int = 4) ->
 
 @pytest.fixture
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What calibrate is asked for; it answers at once."""
+    """What calibration is asked to measure; it answers at once."""
     asked: list[dict[str, Any]] = []
 
-    def calibrate(path: Path, **options: Any) -> Profile:
+    def measure(path: Path, **options: Any) -> None:
         asked.append(options)
-        return make_profile(16, options.get("method", "default"))
 
-    monkeypatch.setattr("pyfasa.calibration.calibrate", calibrate)
+    def profile_of(tally: None, path: Path, *, method: str, **_: Any) -> Profile:
+        return make_profile(16, method)
+
+    monkeypatch.setattr("pyfasa.calibration.measure", measure)
+    monkeypatch.setattr("pyfasa.calibration.profile_of", profile_of)
     monkeypatch.setattr("pyfasa.embed.find_profile", lambda path: None)
     monkeypatch.setattr(module.ModelIdentity, "read", lambda path: IDENTITY)
     ranked = np.broadcast_to(np.arange(HEAD_DIM), (N_LAYER, N_HEAD_KV, HEAD_DIM))
@@ -55,8 +58,10 @@ def test_dense_first_then_each_name_at_each_budget(calibrations: Any) -> None:
     ]  # fmt: skip
     assert found[0].dense
     assert (found[0].profile, found[0].selector, found[0].bytes_per_cell) == (None, None, None)
-    assert found[1].profile == make_profile(16, "default"), "no profile: a fresh calibration"
-    assert calibrations == [{"seed": 0, "progress": False}]
+    assert found[1].profile == make_profile(16, "allocation"), "no profile: a fresh calibration"
+    assert calibrations == [
+        {"method": "allocation", "index_bytes": None, "seed": 0, "reuse": None, "progress": False}
+    ]
 
 
 def test_the_own_profile_is_taken_as_it_is(calibrations: Any) -> None:
@@ -83,6 +88,51 @@ def test_names_without_a_size_are_made_at_all_index_sizes(calibrations: Any) -> 
         wanted = 6 if setting.name.endswith((":43", ":3", ":8")) else 10
         assert setting.bytes_per_cell is not None
         assert wanted - 1 < setting.bytes_per_cell <= wanted
+
+
+def test_allocation_is_measured_once_for_all_sizes(calibrations: Any) -> None:
+    found = resolve(["fasa", "allocation", "allocation:4"], "m.gguf", index_bytes=(6, 10))
+    assert [s.name for s in found] == ["fasa", "allocation:6", "allocation:10", "allocation:4"]
+    assert [(c["method"], c["index_bytes"]) for c in calibrations] == [("allocation", None)]
+
+
+def test_runs_are_kept_beside_the_results(calibrations: Any, tmp_path: Path) -> None:
+    names = ["allocation", "variance:7.5", "greedy"]
+    resolve(names, "m.gguf", index_bytes=(6, 10), results=tmp_path / "rows.jsonl")
+    assert [c["reuse"].relative_to(tmp_path).name for c in calibrations] == [
+        "rows.allocation.npz", "rows.variance-7.5.npz", "rows.greedy-6.npz", "rows.greedy-10.npz",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_does_not_calibrate_again(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the profiles of `calibrate`, so that its rows are found again by their fingerprint."""
+    from pyfasa import calibration
+    from pyfasa.allocation import shapes
+
+    monkeypatch.setattr("pyfasa.samples.FACTS", 4)  # a random model has a token per byte
+    monkeypatch.setattr(calibration.allocation, "shapes", lambda: shapes()[::20])
+    for function in (calibration.measure, calibration.profile_of, calibration.calibrate):
+        monkeypatch.setitem(function.__kwdefaults__, "n_ctx", 640)
+    runs: list[None] = []
+    run = calibration._run
+    monkeypatch.setattr(calibration, "_run", lambda *a: (runs.append(None), run(*a))[1])
+    asked: dict[str, Any] = {"index_bytes": (8, 16), "seed": 5, "results": tmp_path / "rows.jsonl"}
+
+    first = resolve(["allocation", "variance:9"], one, **asked)
+    assert len(runs) == 2
+    again = resolve(["allocation", "variance:9"], one, **asked)
+    assert len(runs) == 2
+    assert [s.fingerprint for s in again] == [s.fingerprint for s in first]
+    for setting, size in zip(first, (8, 16, 9), strict=True):
+        wanted = calibration.calibrate(
+            one, method=setting.method, index_bytes=size, seed=5, progress=False
+        )
+        assert setting.profile == wanted
+    runs.clear()
+    resolve(["allocation"], one, **asked | {"seed": 6})
+    assert len(runs) == 1, "another seed has other documents"
 
 
 def test_sizes_of_rivals(calibrations: Any) -> None:

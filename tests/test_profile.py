@@ -153,7 +153,14 @@ def test_with_n_fc_keeps_the_ranking() -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "n_fc", "bits", "n_bytes"),
-    [(64, 16, 1, 5), (64, 16, 2, 9), (64, 16, 4, 17), (128, 32, 2, 17), (128, 32, 4, 33), (64, 8, 8, 17)],
+    [
+        (64, 16, 1, 5),
+        (64, 16, 2, 9),
+        (64, 16, 4, 17),
+        (128, 32, 2, 17),
+        (128, 32, 4, 33),
+        (64, 8, 8, 17),
+    ],
 )
 def test_bytes_per_cell_of_even_rows(head_dim: int, n_fc: int, bits: int, n_bytes: int) -> None:
     profile = make_profile(make_identity(head_dim=head_dim, n_rot=head_dim), bits)

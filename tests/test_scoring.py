@@ -44,7 +44,9 @@ def test_the_same_scores_give_the_same_logits(path: Path, kv_type: str) -> None:
         with llm.fasa.scoring(by_the_index(profile)):
             scored = decode(llm, random_tokens(6, 1))
         llm.n_tokens = len(tokens)
-        with llm.fasa.scoring(lambda s: s.scores.__setitem__(slice(None), np.arange(0, -s.scores.shape[1], -1))):
+        with llm.fasa.scoring(
+            lambda s: s.scores.__setitem__(slice(None), np.arange(0, -s.scores.shape[1], -1))
+        ):
             first_cells = decode(llm, random_tokens(6, 1))
         llm.n_tokens = len(tokens)
         again = decode(llm, random_tokens(6, 1))

@@ -1,6 +1,6 @@
 """Speed of score for index layouts at 30,000 cells, alone and inside decoding; CSV on stdout.
 
-    python docs/bench/layouts.py MODEL THREADS > docs/bench/layouts.csv
+python docs/bench/layouts.py MODEL THREADS > docs/bench/layouts.csv
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def layouts(model: str) -> Iterator[tuple[str, Profile]]:
 def main() -> None:
     model, threads = sys.argv[1], int(sys.argv[2])
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["layout", "bytes_per_cell", "score_us", "gb_per_s", "dense_ts", "fasa_ts", "machine"])
+    writer.writerow(
+        ["layout", "bytes_per_cell", "score_us", "gb_per_s", "dense_ts", "fasa_ts", "machine"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, profile in layouts(model):
             path = Path(folder) / f"{name.replace(' ', '')}.gguf"

@@ -52,9 +52,15 @@ def main() -> None:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
             continue
         own = scale[int(name.split(".")[1])]
-        own = own.reshape(-1) if kind == "attn_k" else 1 / own.repeat(model.n_head // model.n_head_kv, 0).reshape(-1)
+        own = (
+            own.reshape(-1)
+            if kind == "attn_k"
+            else 1 / own.repeat(model.n_head // model.n_head_kv, 0).reshape(-1)
+        )
         weights = dequantize(tensor.data, tensor.tensor_type) * own[:, None]
-        writer.add_tensor(tensor.name, weights.astype(np.float32), raw_dtype=GGMLQuantizationType.F32)
+        writer.add_tensor(
+            tensor.name, weights.astype(np.float32), raw_dtype=GGMLQuantizationType.F32
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

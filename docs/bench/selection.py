@@ -20,7 +20,17 @@ COLUMNS = (
     "task", "n_tokens", "name", "budget", "bytes_per_cell", "n", "score", "as_dense", "attended",
     "mean_kld", "median_kld", "p99_kld", "ppl_ratio",
 )  # fmt: skip
-PLOTTED = ("allocation", "variance", "greedy", "agreement", "quest", "sparq", "double-sparsity", "random", "oracle")
+PLOTTED = (
+    "allocation",
+    "variance",
+    "greedy",
+    "agreement",
+    "quest",
+    "sparq",
+    "double-sparsity",
+    "random",
+    "oracle",
+)
 
 
 def write(models: dict[str, list[Summary]]) -> None:
@@ -30,7 +40,9 @@ def write(models: dict[str, list[Summary]]) -> None:
         for model, summaries in models.items():
             for one in summaries:
                 values = [getattr(one, name) for name in COLUMNS]
-                writer.writerow([model, *(f"{v:.6g}" if isinstance(v, float) else v for v in values)])
+                writer.writerow(
+                    [model, *(f"{v:.6g}" if isinstance(v, float) else v for v in values)]
+                )
 
 
 def plot(summaries: list[Summary]) -> None:

@@ -100,7 +100,14 @@ def layouts_table() -> str:
          f"{number(r['fasa_ts']):.0f}", f"{number(r['fasa_ts']) / number(r['dense_ts']):.1f} x"]
         for r in read("layouts.csv")
     ]  # fmt: skip
-    header = ["layout", "bytes per token and KV head", "score us per token", "GB/s", "t/s", "to dense"]
+    header = [
+        "layout",
+        "bytes per token and KV head",
+        "score us per token",
+        "GB/s",
+        "t/s",
+        "to dense",
+    ]
     return markdown(header, rows)
 
 
@@ -114,7 +121,17 @@ def rows_table() -> str:
 
 
 SIZES = ("2", "3", "4", "6", "10", "20")
-METHODS = ("allocation", "variance", "greedy", "agreement", "lowfreq", "random", "quest", "sparq", "double-sparsity")
+METHODS = (
+    "allocation",
+    "variance",
+    "greedy",
+    "agreement",
+    "lowfreq",
+    "random",
+    "quest",
+    "sparq",
+    "double-sparsity",
+)
 
 
 def summaries(task: str, n_tokens: int, model: str = "bundled") -> list[dict[str, str]]:
@@ -148,7 +165,9 @@ def curve_table(task: str, n_tokens: int) -> str:
             table.append([f"{name}, {number(own[0]['bytes_per_cell']):g} bytes", *blank, cell(own)])
     dense = [r for r in rows if r["name"] == "dense"]
     if dense:
-        table.append(["dense", *[""] * (len(SIZES) - 1), f"{100 * number(dense[0]['score']):.{digits}f}"])
+        table.append(
+            ["dense", *[""] * (len(SIZES) - 1), f"{100 * number(dense[0]['score']):.{digits}f}"]
+        )
     return markdown(["method", *(f"{size} bytes" for size in SIZES)], table)
 
 
@@ -158,15 +177,32 @@ def kld_table() -> str:
          f"{number(r['p99_kld']):.4f}", f"{100 * number(r['as_dense']):.1f} %", f"{number(r['ppl_ratio']):.4f} x"]
         for r in summaries("kld", 8000) if r["budget"]
     ]  # fmt: skip
-    return markdown(["setting", "budget", "median KLD", "mean", "99th percentile", "same top token", "perplexity"], rows)
+    return markdown(
+        [
+            "setting",
+            "budget",
+            "median KLD",
+            "mean",
+            "99th percentile",
+            "same top token",
+            "perplexity",
+        ],
+        rows,
+    )
 
 
 def outliers_table() -> str:
     both = [
-        {(r["name"], r["budget"]): f"{100 * number(r['score']):.0f} %" for r in summaries("needle", 8000, model)}
+        {
+            (r["name"], r["budget"]): f"{100 * number(r['score']):.0f} %"
+            for r in summaries("needle", 8000, model)
+        }
         for model in ("bundled", "outliers")
     ]
-    rows = [[name, budget, both[0].get((name, budget), ""), score] for (name, budget), score in both[1].items()]
+    rows = [
+        [name, budget, both[0].get((name, budget), ""), score]
+        for (name, budget), score in both[1].items()
+    ]
     return markdown(["setting", "budget", "bundled model", "with outlier channels"], rows)
 
 
@@ -176,9 +212,15 @@ def answers_table() -> str:
     for n_tokens in (8000, 16000):
         for r in summaries("needle", n_tokens):
             if r["name"] in ("dense", "allocation:10") and r["budget"] != "64":
-                name = "llama.cpp" if r["name"] == "dense" else f"pyfasa, {int(r['budget']):,} tokens per head"
+                name = (
+                    "llama.cpp"
+                    if r["name"] == "dense"
+                    else f"pyfasa, {int(r['budget']):,} tokens per head"
+                )
                 attended = f"{100 * number(r['attended']):.1f} %"
-                rows.append([f"{n_tokens:,}", name, f"{100 * number(r['score']):.0f} of {r['n']}", attended])
+                rows.append(
+                    [f"{n_tokens:,}", name, f"{100 * number(r['score']):.0f} of {r['n']}", attended]
+                )
     return markdown(["document", "attention", "right", "cells attended"], rows)
 
 
@@ -200,7 +242,11 @@ def main() -> None:
         "answers": answers_table(),
         "kld": kld_table(),
         "outliers": outliers_table(),
-        **{f"{task}-{n}": curve_table(task, n) for task in ("needle", "mass") for n in (8000, 16000)},
+        **{
+            f"{task}-{n}": curve_table(task, n)
+            for task in ("needle", "mass")
+            for n in (8000, 16000)
+        },
     }
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         put(path, tables)

@@ -198,9 +198,13 @@ class _Run:
         plan = self.plan
         seed = teacher.SEEDS * (plan.seed + 1) + number
         (sample,) = make_samples(self.llm.model_path, None, n_tokens, seed, documents=1)
-        base = {"case": f"{n_tokens}/{number}", "prompt": _digest([t for run, _ in sample.runs for t in run])}
+        base = {
+            "case": f"{n_tokens}/{number}",
+            "prompt": _digest([t for run, _ in sample.runs for t in run]),
+        }
         done = {
-            s.label: self.file.get(self._blank(s, task=mass.TASK, **base).key) for s in self.settings
+            s.label: self.file.get(self._blank(s, task=mass.TASK, **base).key)
+            for s in self.settings
         }
         missing = [s for s in self.settings if done[s.label] is None]
         if missing:

@@ -130,6 +130,4 @@ def _by_selector(selector: Any, layer: Captured, heads: Sequence[Attention]) -> 
         changed = 0 if row == 0 else n_cell
         selector(Scoring(layer.layer, layer.queries[row], keys, changed, seen, scores[row]))
     group = n_head // len(heads)
-    return [
-        scores[:, h * group : (h + 1) * group].reshape(-1, n_cell) for h in range(len(heads))
-    ]
+    return [scores[:, h * group : (h + 1) * group].reshape(-1, n_cell) for h in range(len(heads))]

@@ -1,33 +1,25 @@
-"""Plots of an evaluation and of a benchmark, as PNG of 800 x 500 pixels or more. Needs matplotlib.
-
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines also differ in their markers.
-"""
+"""Plots of an evaluation and of a benchmark, as PNG of 800 x 500 pixels or more. Needs matplotlib."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyfasa.errors import HostError
 from pyfasa.evaluation.results import Row, Summary, summarize
 from pyfasa.evaluation.teacher import TASKS as TEACHER_TASKS
+from pyfasa.plotting import COLOURS, GREY, HEAT, MARKERS, check, grid_figure, legend
+from pyfasa.plotting import save as save_png
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Methods have a look of their own, whatever else is in the plot.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B", "#8C5E2A")
-MARKERS = "osD^vPX*<>"
-GREY = "#444444"
-DPI = 110
 DEPTHS = 10  # rows of a needle grid
+# Methods have a look of their own, whatever else is in the plot.
 _METHODS = (
     "fasa",
     "allocation",
@@ -48,14 +40,6 @@ _CONTROLS = {
 }
 
 
-def check() -> None:
-    """Raises HostError with the way out where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise HostError(
-            "Plots need matplotlib, which is not installed; run: pip install 'pyfasa[plot]'"
-        )
-
-
 def save_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """Every plot that the rows have data for; returns the files.
 
@@ -70,7 +54,7 @@ def save_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
     def save(name: str, figure: Figure) -> None:
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+        save_png(figure, path)
         found.append(path)
 
     summaries = summarize(rows)
@@ -99,7 +83,7 @@ def needle_grid(rows: Sequence[Row]) -> Figure:
     lengths = sorted({row.n_tokens for row in rows})
     n_columns = min(4, len(settings))
     n_lines = -(-len(settings) // n_columns)
-    figure, axes = _figure(
+    figure, axes = grid_figure(
         n_lines, n_columns, width=max(7.4, 2.3 * n_columns), height=2.5 * n_lines + 0.4
     )
     for axis, setting in zip(axes, settings, strict=False):
@@ -112,7 +96,7 @@ def needle_grid(rows: Sequence[Row]) -> Figure:
             ]  # fmt: skip
             if scores:
                 grid[line, column] = np.mean(scores)
-        image = axis.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        image = axis.imshow(100 * grid, cmap=HEAT, vmin=0, vmax=100, aspect="auto")
         mean = np.mean([row.score for row in rows if row.setting == setting])
         axis.set_title(f"{setting}\n{100 * mean:.0f} %", fontsize=9)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
@@ -133,7 +117,9 @@ def needle_grid(rows: Sequence[Row]) -> Figure:
 def accuracy_against_bytes(summaries: Sequence[Summary]) -> Figure:
     """Score against index bytes, a line per method, a panel per budget. summaries: of one task and length."""
     budgets = sorted({s.budget for s in summaries if s.budget is not None})
-    figure, axes = _figure(1, len(budgets), width=max(7.4, 3.6 * len(budgets) + 1.6), height=3.9)
+    figure, axes = grid_figure(
+        1, len(budgets), width=max(7.4, 3.6 * len(budgets) + 1.6), height=3.9
+    )
     dense = [s for s in summaries if s.budget is None]
     for axis, budget in zip(axes, budgets, strict=True):
         own = [s for s in summaries if s.budget == budget]
@@ -152,13 +138,13 @@ def accuracy_against_bytes(summaries: Sequence[Summary]) -> Figure:
         axis.set_ylim(-3, 103)
         axis.set_xlim(left=-0.5)
     axes[0].set_ylabel("score [%]")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def kld_against_budget(summaries: Sequence[Summary]) -> Figure:
     """Mean KLD to dense against budget, a line per setting, both logarithmic. summaries: of one length."""
-    figure, (axis,) = _figure(1, 1, width=7.4, height=4.2)
+    figure, (axis,) = grid_figure(1, 1, width=7.4, height=4.2)
     budgets = sorted({s.budget for s in summaries if s.budget is not None})
     for name in dict.fromkeys(s.name for s in summaries if s.budget is not None):
         line = [(s.budget, max(s.mean_kld, 1e-9)) for s in summaries if s.name == name]
@@ -169,21 +155,27 @@ def kld_against_budget(summaries: Sequence[Summary]) -> Figure:
     axis.minorticks_off()
     axis.set_xlabel("budget [tokens per query head]")
     axis.set_ylabel("mean KLD to dense [nats]")
-    _legend(figure, [axis])
+    legend(figure, [axis])
     return figure
 
 
-def speed_against_depth(csv_file: str | Path) -> Figure:
-    """Decoded tokens per second against tokens in the cache, from the output of `pyfasa bench -o csv`.
+def speed_against_depth(source: Sequence[Mapping[str, Any]] | str | Path) -> Figure:
+    """Decoded tokens per second against tokens in the cache, a line per budget and K/V type.
 
-    Raises ValueError if it is not such a file.
+    source: rows of ``pyfasa.benchmark.bench``, or a file that `pyfasa bench -o csv` wrote.
+
+    Raises ValueError for a file or rows that are not such; HostError without matplotlib.
     """
     check()
-    with open(csv_file, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = ("attention", "n_depth", "avg_ts", "budget", "type_k", "type_v")
-    if not rows or any(rows[0].get(name) is None for name in columns):
-        raise ValueError(f"{csv_file} is no table of speeds; make it with pyfasa bench -o csv")
+    rows, name = source, "what is given"
+    if isinstance(rows, (str, Path)):
+        name = str(rows)
+        with open(rows, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    # dense rows have no budget: None in rows, nothing between the commas in a file
+    columns = ("attention", "n_depth", "avg_ts", "type_k", "type_v")
+    if not rows or "budget" not in rows[0] or any(rows[0].get(c) is None for c in columns):
+        raise ValueError(f"{name} is no table of speeds; make it with pyfasa bench -o csv")
     lines: dict[str, list[tuple[int, float]]] = {}
     several = len({(row["type_k"], row["type_v"]) for row in rows}) > 1
     for row in rows:
@@ -191,7 +183,7 @@ def speed_against_depth(csv_file: str | Path) -> Figure:
         if several:
             name += f", {row['type_k']}/{row['type_v']}"
         lines.setdefault(name, []).append((int(row["n_depth"]), float(row["avg_ts"])))
-    figure, (axis,) = _figure(1, 1, width=7.4, height=4.2)
+    figure, (axis,) = grid_figure(1, 1, width=7.4, height=4.2)
     for i, (name, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         axis.plot(
@@ -205,42 +197,11 @@ def speed_against_depth(csv_file: str | Path) -> Figure:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("tokens in the cache")
     axis.set_ylabel("decoding [tokens per second]")
-    _legend(figure, [axis])
+    legend(figure, [axis])
     return figure
 
 
 # ---- look ---------------------------------------------------------------------------------------
-
-
-def _figure(n_lines: int, n_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure without a window, and its axes line by line."""
-    check()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(n_lines, n_columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(length=3, labelsize=9)
-        axis.title.set_size(10)
-        axis.xaxis.label.set_size(10)
-        axis.yaxis.label.set_size(10)
-        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend to the right of all panels."""
-    entries: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside right center", frameon=False, fontsize=9
-    )
 
 
 def _style(name: str) -> dict[str, Any]:

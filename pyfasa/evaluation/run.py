@@ -57,7 +57,8 @@ def evaluate(
     custom       JSONL file of the task custom
     max_tokens   of an answer; None: what suits the task
     profile      of the setting "fasa"; None: the model's own, else a fresh calibration
-    results      JSONL file to which rows are appended as they are made; rows that are there are not run again
+    results      JSONL file to which rows are appended as they are made; rows that are there are not run again, nor are
+                 the calibrations that are kept beside it (see ``settings.resolve``)
     type_k, type_v, n_threads   of the context when `model` is a file
 
     min_ctx is the budget here: what is longer than the budget is selected from.
@@ -82,7 +83,7 @@ def evaluate(
         if names:
             made += named.resolve(
                 names, model_path, budgets=budgets, index_bytes=index_bytes, profile=profile,
-                seed=seed, n_threads=n_threads, progress=lambda what: bar(what, 0),
+                seed=seed, n_threads=n_threads, results=results, progress=lambda what: bar(what, 0),
             )  # fmt: skip
         bar.total(plan.n_rows(len(made)))
         if not isinstance(model, (str, os.PathLike)):

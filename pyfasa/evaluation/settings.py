@@ -35,6 +35,7 @@ from pyfasa.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from pyfasa.profile import Profile
+    from pyfasa.tally import Tally
 
 PLAIN = ("dense", "oracle", "fasa", "streaming", "snapkv", "h2o")
 CALIBRATED = ("variance", "agreement", "greedy", "allocation")
@@ -120,6 +121,7 @@ def resolve(
     profile: Profile | None = None,
     seed: int = 0,
     n_threads: int | None = None,
+    results: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Setting]:
     """Settings by name: dense first, then each name at each of its sizes and at each budget.
@@ -129,6 +131,8 @@ def resolve(
     index_bytes  sizes for names without one, in bytes per token and KV head
     profile      of "fasa"; None: the model's own, else a fresh calibration
     seed         of calibrations and of random chunks
+    results      FILE.jsonl, beside which calibration runs are kept: FILE.allocation.npz, FILE.variance-10.npz, ...;
+                 a run of the same model, method and seed that is there is not made again. None: nothing is kept
 
     Raises ValueError for a wrong name, size or budget; the errors of ``pyfasa.calibrate``.
     """
@@ -140,7 +144,8 @@ def resolve(
     make_config(budget=min(budgets))  # sinks and recent cells must fit
     if index_bytes and min(index_bytes) <= 0:
         raise ValueError(f"index bytes are {list(index_bytes)}; all must be above 0")
-    maker = _Maker(Path(model_path), profile, seed, n_threads, progress)
+    beside = None if results is None else Path(results)
+    maker = _Maker(Path(model_path), profile, seed, n_threads, progress, beside)
     found: dict[str, Setting] = {}
     for name in names:
         method, size = _parse(name)
@@ -186,16 +191,18 @@ _WITHOUT_SIZE: dict[str, Callable[[], Selector]] = {
 
 @dataclass
 class _Maker:
-    """Makes settings, with one calibration per method and size. Their budget is 1 until it is known."""
+    """Makes settings, whose budget is 1 until it is known. Calibrates once per method, or once per size."""
 
     path: Path
     own: Profile | None
     seed: int
     n_threads: int | None
     progress: Callable[[str], None]
+    results: Path | None = None
 
     def __post_init__(self) -> None:
         self._profiles: dict[tuple[str, float | None], Profile] = {}
+        self._tallies: dict[str, Tally] = {}
         self._ranked: Any = None
 
     @cached_property
@@ -252,20 +259,39 @@ class _Maker:
 
         if self.own is None:
             source = find_profile(self.path)
-            self.own = Profile.load(source) if source else self._calibrated(None, None)
+            self.own = Profile.load(source) if source else self._calibrated("allocation", None)
         return self.own
 
-    def _calibrated(self, method: str | None, size: float | None) -> Profile:
-        from pyfasa.calibration import calibrate
+    def _calibrated(self, method: str, size: float | None) -> Profile:
+        """As ``pyfasa.calibrate`` makes it."""
+        from pyfasa.calibration import profile_of
 
-        key = method or "", size
+        key = method, size
         if key not in self._profiles:
-            self.progress(f"calibrating {method or ''} {f'{size:g} bytes' if size else ''}".strip())
-            chosen: dict[str, Any] = {} if method is None else {"method": method}
-            if size is not None:
-                chosen["index_bytes"] = size
-            self._profiles[key] = calibrate(self.path, seed=self.seed, progress=False, **chosen)
+            tally = self._measured(method, size)
+            self._profiles[key] = profile_of(
+                tally, self.path, method=method, index_bytes=size, seed=self.seed
+            )
         return self._profiles[key]
+
+    def _measured(self, method: str, size: float | None) -> Tally:
+        """What calibration adds up, once for all sizes of "allocation"."""
+        from pyfasa.calibration import measure
+
+        size = None if method == "allocation" else size
+        name = method if size is None else f"{method}-{size:g}"
+        if name not in self._tallies:
+            self.progress(f"calibrating {method}" + (f", {size:g} bytes" if size else ""))
+            kept = self.results and self.results.with_name(f"{self.results.stem}.{name}.npz")
+            self._tallies[name] = measure(
+                self.path,
+                method=method,
+                index_bytes=size,
+                seed=self.seed,
+                reuse=kept,
+                progress=False,
+            )
+        return self._tallies[name]
 
 
 def random_chunks(profile: Profile, seed: int = 0) -> Profile:
