@@ -15,9 +15,13 @@ NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 export CMAKE_ARGS := -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
 endif
 
-NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/tests/*.*)
+# One architecture, and code that drivers compile for newer ones: all of them take minutes. Empty: all.
+CUDA_ARCH ?= -DCMAKE_CUDA_ARCHITECTURES=80
+
+NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/tests/*.*)
 CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h \
-	native/fuzz/*.cpp native/fuzz/*.h)
+	native/fuzz/*.cpp native/fuzz/*.h native/gpu/*.cpp native/gpu/*.h native/cuda/*.cu native/cuda/*.cuh native/cuda/*.h \
+	native/cuda/tests/*.cpp native/cuda/tests/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
 .PHONY: help setup demo test check format lint types tidy sanitize sanitize-threads fuzz bench bench-types layouts selection clean
@@ -44,11 +48,11 @@ $(VENV)/llama.stamp: pyproject.toml
 	touch $@
 
 $(VENV)/pyfasa.stamp: $(VENV)/llama.stamp $(NATIVE)
-	CMAKE_ARGS= $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
+	CMAKE_ARGS=$(CUDA_ARCH) $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/pyfasa.stamp
-	CMAKE_ARGS= $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	CMAKE_ARGS=$(CUDA_ARCH) $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
 setup: $(VENV)/pyfasa.stamp
@@ -80,14 +84,14 @@ types: $(VENV)/dev.stamp
 
 build/tidy/build.ninja: $(VENV)/dev.stamp CMakeLists.txt
 	CMAKE_ARGS= $(BIN)/cmake -S . -B build/tidy -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPYFASA_PYTHON=OFF > /dev/null
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF > /dev/null
 
 tidy: build/tidy/build.ninja
-	$(BIN)/clang-tidy --quiet -p build/tidy $(wildcard native/*.cpp) native/cpu/portable.cpp
+	$(BIN)/clang-tidy --quiet -p build/tidy $(wildcard native/*.cpp native/gpu/*.cpp) native/cpu/portable.cpp
 
 sanitize: $(VENV)/dev.stamp
 	CMAKE_ARGS= $(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF \
 		-DPYFASA_TESTS=ON -DPYFASA_SANITIZE=address,undefined > /dev/null
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
@@ -98,7 +102,7 @@ NO_RANDOM := $(shell setarch -R true 2> /dev/null && echo setarch -R)
 
 sanitize-threads: $(VENV)/dev.stamp
 	CMAKE_ARGS= $(BIN)/cmake -S . -B build/threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF \
 		-DPYFASA_TESTS=ON -DPYFASA_SANITIZE=thread > /dev/null
 	$(BIN)/cmake --build build/threads
 	OMP_THREAD_LIMIT=1 $(NO_RANDOM) $(BIN)/ctest --test-dir build/threads --output-on-failure
@@ -115,7 +119,7 @@ ifeq ($(CLANG),)
 else
 	CMAKE_ARGS= $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DCMAKE_C_COMPILER=$(CLANG) -DCMAKE_CXX_COMPILER=$(subst clang,clang++,$(CLANG)) \
-		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF \
 		-DPYFASA_FUZZ=ON -DPYFASA_SANITIZE=address,undefined,float-cast-overflow > /dev/null
 	$(BIN)/cmake --build build/fuzz
 	for name in stages session; do \

@@ -4,11 +4,13 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
+#include "gpu/library.h"
+#include "plan.h"
 #include "seam.h"
 #include "session.h"
 #include "status.h"
@@ -28,6 +30,7 @@ struct DecoratedBuffer {
 };
 
 using InitBackend = decltype(seam::DeviceInterface::init_backend);
+using SupportsOp  = decltype(seam::DeviceInterface::supports_op);
 
 // ggml reads the slot whenever it likes, so it changes in one piece.
 InitBackend init_slot(const seam::DeviceInterface & iface) {
@@ -42,7 +45,9 @@ struct Registry {
     std::unordered_map<ggml_backend_t, DecoratedBackend>       backends;
     std::unordered_map<ggml_backend_buffer_t, DecoratedBuffer> buffers;
     std::unordered_map<const Session *, int>                   sessions;
-    std::atomic<InitBackend>                                   inner_init{nullptr};
+    std::unordered_map<ggml_backend_dev_t, InitBackend>        inner_inits; // of devices that are or were decorated
+    std::unordered_map<ggml_backend_dev_t, SupportsOp>         inner_supports;
+    std::unordered_map<ggml_backend_buffer_t, Session *>       host_caches; // of contexts whose weights are on a GPU
 };
 
 Registry & registry() {
@@ -114,6 +119,7 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
 
 void backend_free(ggml_backend_t backend) {
     const DecoratedBackend d = take(registry().backends, backend);
+    d.session->backend_freed(backend);
     d.inner.free(backend);
 }
 
@@ -128,12 +134,35 @@ void decorate(ggml_backend_t backend, Session * session) {
 // ---- device ----------------------------------------------------------------------------------------------------
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char * params) {
-    const InitBackend    inner   = registry().inner_init;
-    const ggml_backend_t backend = inner != nullptr ? inner(device, params) : nullptr;
+    const InitBackend    inner   = find(registry().inner_inits, device);
+    const ggml_backend_t backend = inner(device, params);
     if (backend != nullptr && armed != nullptr) {
         decorate(backend, armed);
     }
     return backend;
+}
+
+// A cache in system memory beside weights on a GPU (offload_kqv=False): llama.cpp would copy all of K and V to the GPU
+// for every token. Where the session attends few of the cells, the CPU does it, as if the GPU had no such operation.
+bool device_supports_op(ggml_backend_dev_t device, const ggml_tensor * op) {
+    int32_t             layer = 0;
+    const ggml_tensor * root = op->op == GGML_OP_FLASH_ATTN_EXT ? cache_root(before_cast(op->src[1]), &layer) : nullptr;
+    if (root != nullptr && root->buffer != nullptr && ggml_backend_buffer_is_host(root->buffer)) {
+        Session * session = armed;
+        {
+            const std::lock_guard<std::mutex> lock(registry().mutex);
+            if (session != nullptr) {
+                registry().host_caches[root->buffer] = session;
+            } else {
+                const auto it = registry().host_caches.find(root->buffer);
+                session       = it != registry().host_caches.end() ? it->second : nullptr;
+            }
+        }
+        if (session != nullptr && session->wants(op)) {
+            return false;
+        }
+    }
+    return find(registry().inner_supports, device)(device, op);
 }
 
 ggml_backend_dev_t cpu_device() {
@@ -142,6 +171,17 @@ ggml_backend_dev_t cpu_device() {
         fail(FASA_STATUS_HOST, "llama.cpp offers no CPU device; use a build of llama-cpp-python with the CPU backend.");
     }
     return device;
+}
+
+// The CPU device, and the CUDA devices when there are kernels for them.
+std::vector<ggml_backend_dev_t> devices() {
+    std::vector<ggml_backend_dev_t> found = {cpu_device()};
+    for (size_t i = 0; gpu::api() != nullptr && i < ggml_backend_dev_count(); ++i) {
+        if (gpu::is_cuda(ggml_backend_dev_get(i))) {
+            found.push_back(ggml_backend_dev_get(i));
+        }
+    }
+    return found;
 }
 
 // The name of the library that holds a code address; empty when it is not in one.
@@ -154,11 +194,28 @@ template <typename F> const char * library_of_slot(F * slot) {
     return library_of(reinterpret_cast<const void *>(slot));
 }
 
+// Nothing is called through a mirrored slot until its value has been seen to point into the backend's library.
+void check_device(ggml_backend_dev_t device) {
+    const seam::DeviceInterface & iface = seam::of(device)->iface;
+    const std::string             home  = library_of_slot(iface.get_name);
+    const InitBackend             init  = init_slot(iface);
+    const bool slots = !home.empty() && home == library_of_slot(iface.get_description) &&
+                       home == library_of_slot(iface.get_type) &&
+                       (init == device_init_backend || home == library_of_slot(init)) &&
+                       (iface.supports_op == device_supports_op || home == library_of_slot(iface.supports_op));
+    if (!slots || std::strcmp(iface.get_name(device), ggml_backend_dev_name(device)) != 0 ||
+        std::strcmp(iface.get_description(device), ggml_backend_dev_description(device)) != 0) {
+        fail(FASA_STATUS_HOST,
+             "The device %s of this ggml %s build is laid out differently from the one pyfasa knows; "
+             "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
+             ggml_backend_dev_name(device), fasa_ggml_loaded());
+    }
+}
+
 } // namespace
 
 // ---- attach and detach ---------------------------------------------------------------------------------------
 
-// Nothing is called through a mirrored slot until its value has been seen to point into the CPU backend's library.
 void check_seam() {
     const char * built  = fasa_ggml_built();
     const char * loaded = fasa_ggml_loaded();
@@ -168,29 +225,25 @@ void check_seam() {
              "rebuild pyfasa against yours.",
              built, loaded);
     }
-    const seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
-    const std::string             home  = library_of_slot(iface.get_name);
-    const InitBackend             init  = init_slot(iface);
-    const bool                    slots = !home.empty() && home == library_of_slot(iface.get_description) &&
-                                          home == library_of_slot(iface.get_type) &&
-                                          (init == device_init_backend || home == library_of_slot(init));
-    if (!slots || std::strcmp(iface.get_name(cpu_device()), ggml_backend_dev_name(cpu_device())) != 0 ||
-        std::strcmp(iface.get_description(cpu_device()), ggml_backend_dev_description(cpu_device())) != 0) {
-        fail(FASA_STATUS_HOST,
-             "The CPU device of this ggml %s build is laid out differently from the one pyfasa knows; "
-             "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
-             loaded);
+    for (const ggml_backend_dev_t device : devices()) {
+        check_device(device);
     }
 }
 
 void register_session(Session * session) {
     check_seam();
     const std::lock_guard<std::mutex> lock(registry().mutex);
-    registry().sessions[session]  = 1;
-    seam::DeviceInterface & iface = seam::of(cpu_device())->iface;
-    if (init_slot(iface) != device_init_backend) {
-        registry().inner_init = init_slot(iface);
-        set_init_slot(iface, device_init_backend);
+    registry().sessions[session] = 1;
+    for (const ggml_backend_dev_t device : devices()) {
+        seam::DeviceInterface & iface = seam::of(device)->iface;
+        if (init_slot(iface) != device_init_backend) {
+            registry().inner_inits[device] = init_slot(iface);
+            if (gpu::is_cuda(device)) {
+                registry().inner_supports[device] = iface.supports_op;
+                __atomic_store_n(&iface.supports_op, &device_supports_op, __ATOMIC_RELEASE);
+            }
+            set_init_slot(iface, device_init_backend);
+        }
     }
 }
 
@@ -213,10 +266,18 @@ void unregister_session(Session * session) {
             ++it;
         }
     }
+    for (auto it = r.host_caches.begin(); it != r.host_caches.end();) {
+        it = it->second == session ? r.host_caches.erase(it) : std::next(it);
+    }
     armed = armed == session ? nullptr : armed;
     r.sessions.erase(session);
     if (r.sessions.empty()) {
-        set_init_slot(seam::of(cpu_device())->iface, r.inner_init);
+        for (const auto & entry : r.inner_inits) {
+            set_init_slot(seam::of(entry.first)->iface, entry.second);
+        }
+        for (const auto & entry : r.inner_supports) {
+            __atomic_store_n(&seam::of(entry.first)->iface.supports_op, entry.second, __ATOMIC_RELEASE);
+        }
     }
 }
 

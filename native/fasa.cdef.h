@@ -150,7 +150,7 @@ typedef enum fasa_reason {
     FASA_REASON_ALIBI         = 6,  /* position bias besides RoPE */
     FASA_REASON_MASK          = 7,  /* no mask, or one that cannot be read before the graph runs */
     FASA_REASON_KV_TYPE       = 8,  /* K or V type without a kernel */
-    FASA_REASON_KV_MEMORY     = 9,  /* cache not in host memory */
+    FASA_REASON_KV_MEMORY     = 9,  /* cache in memory that this backend has no kernel for */
     FASA_REASON_NO_CACHE      = 10, /* K is not a view of a KV cache tensor */
     FASA_REASON_N_KV_MAX      = 11, /* a model trained sparse: upstream's own selection */
     FASA_REASON_STREAMS       = 12, /* cache streams that do not start where the cache says, or captured */
@@ -233,6 +233,10 @@ typedef struct fasa_timings { /* ns on the first worker thread, summed over spar
 /* Version of ggml that this library was built against, and of the one in this process. */
 const char * fasa_ggml_built(void);
 const char * fasa_ggml_loaded(void);
+
+/* 1 when decode graphs of llama.cpp's CUDA devices are served, else 0; and a sentence about it. */
+int32_t      fasa_cuda_usable(void);
+const char * fasa_cuda_text(void);
 
 /* Proves that the CPU backend can be decorated: checks the internal structs, runs one small attention graph on a
  * decorated backend, and compares it with the undecorated one. Nothing stays decorated. */

@@ -13,17 +13,17 @@ namespace {
 
 std::atomic<int64_t> successes_left{-1}; // -1: no injected failure
 
-bool injected_failure() {
+} // namespace
+
+bool allocation_fails() {
     int64_t left = successes_left.load(std::memory_order_relaxed);
     while (left > 0 && !successes_left.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) {
     }
     return left == 0;
 }
 
-} // namespace
-
 void * allocate_aligned(size_t bytes) {
-    if (injected_failure() || bytes > SIZE_MAX / 2) { // SIZE_MAX / 2: no machine has it, and padding must not wrap
+    if (allocation_fails() || bytes > SIZE_MAX / 2) { // SIZE_MAX / 2: no machine has it, and padding must not wrap
         throw std::bad_alloc();
     }
     const size_t padded = std::max<size_t>((bytes + 63) / 64 * 64, 64);

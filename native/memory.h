@@ -12,6 +12,8 @@ struct AlignedFree {
 };
 template <typename T> using Aligned = std::unique_ptr<T[], AlignedFree>;
 
+bool allocation_fails(); // the injected failure of the next allocation, see fasa_fail_allocations
+
 // 64-byte aligned and zeroed; throws std::bad_alloc.
 void * allocate_aligned(size_t bytes);
 

@@ -49,9 +49,11 @@ int32_t rotation_block(const ggml_tensor * node) {
     return block;
 }
 
-bool has_kernel(const ggml_tensor * t) {
-    return kv_type(t->type) != nullptr && t->ne[0] % kKvBlock == 0 && t->ne[0] <= FASA_MAX_HEAD_DIM &&
-           t->nb[0] == ggml_type_size(t->type);
+bool has_kernel(const ggml_tensor * t, bool device) {
+    const bool on_device =
+        t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
+    return (on_device || !device) && kv_type(t->type) != nullptr && t->ne[0] % kKvBlock == 0 &&
+           t->ne[0] <= FASA_MAX_HEAD_DIM && t->nb[0] == ggml_type_size(t->type);
 }
 
 // Where the view begins in the cache, as a whole stream; -1 when it does not, or does not go on as the cache does.
@@ -63,14 +65,17 @@ int64_t first_stream(const ggml_tensor * k, const ggml_tensor * root) {
     return first + k->ne[3] <= root->ne[2] ? first : -1;
 }
 
+bool mask_fits(const ggml_tensor * node) {
+    const ggml_tensor * q    = node->src[0];
+    const ggml_tensor * mask = node->src[3];
+    return mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[0] == node->src[1]->ne[1] &&
+           mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && mask->ne[3] == q->ne[3] && mask->nb[0] == sizeof(uint16_t);
+}
+
 } // namespace
 
 bool mask_is_readable(const ggml_tensor * node) {
-    const ggml_tensor * q    = node->src[0];
-    const ggml_tensor * mask = node->src[3];
-    return mask != nullptr && mask->type == GGML_TYPE_F16 && mask->op == GGML_OP_NONE &&
-           mask->ne[0] == node->src[1]->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 &&
-           mask->ne[3] == q->ne[3] && mask->nb[0] == sizeof(uint16_t) && on_host(mask);
+    return mask_fits(node) && node->src[3]->op == GGML_OP_NONE && on_host(node->src[3]);
 }
 
 Visible & MaskCache::read(const ggml_tensor * mask, int64_t stream, int64_t row) {
@@ -161,13 +166,14 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (node->op_params[4] != 0) {
         return FASA_REASON_N_KV_MAX;
     }
-    if (!has_kernel(k) || !has_kernel(v) || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float)) {
+    if (!has_kernel(k, context.device) || !has_kernel(v, context.device) || q->type != GGML_TYPE_F32 ||
+        q->nb[0] != sizeof(float)) {
         return FASA_REASON_KV_TYPE;
     }
-    if (!on_host(k) || !on_host(v)) {
+    if (on_host(k) == context.device || on_host(v) == context.device || (context.device && config.capture != 0)) {
         return FASA_REASON_KV_MEMORY;
     }
-    if (context.order == nullptr) {
+    if (context.order == nullptr && !context.device) {
         return FASA_REASON_NO_CACHE;
     }
     const int32_t group = out->n_head_kv > 0 ? out->n_head / out->n_head_kv : 0;
@@ -176,7 +182,7 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (!heads) {
         return FASA_REASON_SHAPE;
     }
-    if (!mask_is_readable(node)) {
+    if (context.device ? !mask_fits(node) : !mask_is_readable(node)) {
         return FASA_REASON_MASK;
     }
     if (sliding) {
@@ -193,7 +199,10 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
         return FASA_REASON_SHAPE;
     }
     const int64_t at_least = std::max(config.min_ctx, 1);
-    bool          sparse   = false;
+    if (context.device) { // how many cells a row sees is the kernels' to find; they attend all when too few
+        return n_kv < at_least ? FASA_REASON_SHORT_CONTEXT : FASA_REASON_SPARSE;
+    }
+    bool sparse = false;
     for (int64_t stream = 0; stream < n_stream; ++stream) {
         out->n_block.push_back(0);
         for (int64_t row = 0; row < n_rows; ++row) {
@@ -224,12 +233,14 @@ const ReasonWords kReasons[FASA_REASON_COUNT] = {
     {"disabled", "FASA is switched off for this context."},
     {"prefill", "The node has more query rows than max_rows; prefill stays dense."},
     {"short_context", "Fewer cells are visible than min_ctx."},
-    {"no_profile", "The profile keeps no chunk for this layer, or there is no profile."},
+    {"no_profile",
+     "The profile keeps no chunk for this layer, or none that this device has a kernel for, or there is no profile."},
     {"shape", "Heads or head size of the node are not those of the profile."},
     {"alibi", "The layer adds a position bias (ALiBi); frequency chunks do not predict it."},
     {"mask", "The attention mask is missing or not readable before the graph runs."},
     {"kv_type", "No kernel for this type or head size of K or V; heads of 32 to 256 in steps of 32 exist."},
-    {"kv_memory", "The KV cache is not in host memory."},
+    {"kv_memory",
+     "The KV cache is in memory that no kernel of this backend reads, or queries are captured from a GPU."},
     {"no_cache", "K is not a view of a KV cache tensor."},
     {"n_kv_max", "The model was trained sparse and selects by itself."},
     {"streams", "The node's view of the cache does not begin with a stream, or several are captured at once."},

@@ -59,7 +59,8 @@ struct PlanContext {
     const Profile::Layouts * layouts;
     const fasa_config *      config;
     MaskCache *              masks;
-    const WriteOrder *       order; // of the cache that the node views; nullptr: not followed
+    const WriteOrder *       order;          // of the cache that the node views; nullptr: not followed
+    bool                     device = false; // of a CUDA device: masks are read by the kernels, rows are not listed
 };
 
 // llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.

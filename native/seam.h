@@ -16,6 +16,10 @@ struct DeviceInterface {
     Slot get_type;
     Slot get_props;
     ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char * params);
+    Slot get_buffer_type;
+    Slot get_host_buffer_type;
+    Slot buffer_from_host_ptr;
+    bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor *);
     // more slots follow
 };
 
@@ -67,6 +71,54 @@ struct BufferInterface {
 struct Buffer {
     BufferInterface iface;
 };
+
+struct Event {
+    ggml_backend_dev_t device;
+    void *             context; // of CUDA: a cudaEvent_t
+};
+
+struct Graph { // ggml_cgraph
+    int            size, n_nodes, n_leafs;
+    ggml_tensor ** nodes;
+    ggml_tensor ** grads;
+    ggml_tensor ** grad_accs;
+    ggml_tensor ** leafs;
+    int32_t *      use_counts;
+    struct {
+        size_t         size;
+        uint32_t *     used;
+        ggml_tensor ** keys;
+    } visited;
+    int      order;
+    uint64_t uid;
+};
+
+inline Event * of(ggml_backend_event_t event) { return reinterpret_cast<Event *>(event); }
+
+// Whether the mirror shows what ggml's own functions say of a graph.
+inline bool is_mirrored(ggml_cgraph * graph) {
+    const auto * g = reinterpret_cast<const Graph *>(graph);
+    return g->n_nodes == ggml_graph_n_nodes(graph) && g->nodes == ggml_graph_nodes(graph);
+}
+
+// A number that stays while llama.cpp reuses a graph; 0: unknown.
+inline uint64_t uid_of(ggml_cgraph * graph) {
+    return is_mirrored(graph) ? reinterpret_cast<const Graph *>(graph)->uid : 0;
+}
+
+// Nodes i0 <= i < i1 as a graph, like ggml_graph_view.
+inline Graph part_of(ggml_cgraph * graph, int i0, int i1) {
+    Graph part     = *reinterpret_cast<const Graph *>(graph);
+    part.size      = 0;
+    part.n_nodes   = i1 - i0;
+    part.n_leafs   = 0;
+    part.nodes     = part.nodes + i0;
+    part.grads     = nullptr;
+    part.grad_accs = nullptr;
+    part.leafs     = nullptr;
+    part.uid       = 0;
+    return part;
+}
 
 inline Device *  of(ggml_backend_dev_t device) { return reinterpret_cast<Device *>(device); }
 inline Backend * of(ggml_backend_t backend) { return reinterpret_cast<Backend *>(backend); }

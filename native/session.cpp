@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "clock.h"
+#include "gpu/library.h"
 #include "status.h"
 
 namespace fasa {
@@ -73,6 +74,7 @@ void Session::set_profile(const fasa_profile * profile) {
     auto layouts = fresh != nullptr ? fresh->layouts(config_.n_fc, config_.bits) : nullptr;
     profile_     = std::move(fresh);
     layouts_     = std::move(layouts);
+    ++generation_;
 }
 
 void Session::configure(const fasa_config & config) {
@@ -86,11 +88,15 @@ void Session::configure(const fasa_config & config) {
     }
     config_  = config;
     kernels_ = &kernels;
+    ++generation_;
 }
 
 void Session::set_scorer(fasa_scorer scorer, void * user) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     refuse_while_running("The scorer");
+    if (scorer != nullptr && !gpus_.empty()) {
+        fail(FASA_STATUS_STATE, "Scores from outside need K and V in system memory; pass offload_kqv=False.");
+    }
     scorer_      = scorer;
     scorer_user_ = user;
 }
@@ -100,6 +106,9 @@ void Session::set_scorer(fasa_scorer scorer, void * user) {
 ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     const int64_t                               start = now_ns();
+    if (gpu::is_cuda(ggml_backend_get_device(backend))) {
+        return compute_on_gpu(backend, graph, inner);
+    }
     try {
         scan(graph);
         reserve_scratch();
@@ -142,6 +151,19 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     ++counters_.graphs;
     work_.clear();
     late_.clear();
+    return status;
+}
+
+ggml_status Session::compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner) {
+    auto & decoder = gpus_[backend];
+    if (decoder == nullptr) {
+        decoder = std::make_unique<gpu::Decoder>(gpu::api(), backend);
+    }
+    running_ = true;
+    const ggml_status status =
+        decoder->compute(graph, inner, {this, profile_.get(), layouts_, config_, generation_, &counters_});
+    running_ = false;
+    ++counters_.graphs;
     return status;
 }
 
@@ -383,6 +405,22 @@ void Session::bytes_written(const void * first, size_t size) {
     for (auto & order : orders_) {
         order.second.bytes_written(first, size);
     }
+    for (auto & gpu : gpus_) {
+        counters_.stale_events += gpu.second->bytes_written(first, size) ? 1 : 0;
+    }
+}
+
+bool Session::wants(const ggml_tensor * node) const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    // Not whether FASA is enabled just now: llama.cpp keeps a graph, and what it once decided, for as long as it can.
+    const bool sparse = profile_ != nullptr && node->src[0]->ne[1] <= config_.max_rows &&
+                        node->src[1]->ne[1] >= std::max(config_.min_ctx, 1);
+    return sparse || config_.capture != 0;
+}
+
+void Session::backend_freed(ggml_backend_t backend) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    gpus_.erase(backend);
 }
 
 void Session::buffer_freed(ggml_backend_buffer_t buffer) {
@@ -390,6 +428,9 @@ void Session::buffer_freed(ggml_backend_buffer_t buffer) {
     orders_.erase(buffer);
     for (auto it = layers_.begin(); it != layers_.end();) {
         it = it->second.buffer == buffer ? layers_.erase(it) : std::next(it);
+    }
+    for (auto & gpu : gpus_) {
+        gpu.second->buffer_freed(buffer);
     }
 }
 

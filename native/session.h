@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "gpu/decoder.h"
 #include "plan.h"
 #include "seam.h"
 #include "side_index.h"
@@ -28,6 +29,10 @@ class Session {
     // K memory changed, or its buffer is about to be freed; called by the decorated buffer.
     void bytes_written(const void * first, size_t size);
     void buffer_freed(ggml_backend_buffer_t buffer);
+    void backend_freed(ggml_backend_t backend);
+
+    // Whether an attention node with its cache in host memory should be computed here rather than by a GPU.
+    bool wants(const ggml_tensor * node) const;
 
     void          configure(const fasa_config & config);
     void          set_profile(const fasa_profile * profile);
@@ -59,6 +64,7 @@ class Session {
         const ggml_tensor * node;
     };
 
+    ggml_status  compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner);
     void         scan(ggml_cgraph * graph);
     fasa_reason  prepare(ggml_tensor * node);
     fasa_reason  prepare_index(const Plan & plan, Layer & layer);
@@ -74,20 +80,22 @@ class Session {
     void         restore();
 
     // Recursive: an abort callback runs inside compute() and may read the counters.
-    mutable std::recursive_mutex                mutex_;
-    bool                                        running_ = false;
-    std::unique_ptr<Profile>                    profile_;
-    std::shared_ptr<const Profile::Layouts>     layouts_;
-    fasa_config                                 config_      = {};
-    const Kernels *                             kernels_     = nullptr;
-    fasa_scorer                                 scorer_      = nullptr;
-    void *                                      scorer_user_ = nullptr;
-    std::map<int32_t, Layer>                    layers_; // by layer number
-    std::map<int32_t, Captured>                 captured_;
-    SlidingWindows                              windows_;
-    std::map<ggml_backend_buffer_t, WriteOrder> orders_; // by the buffer that holds a cache's layers
-    fasa_counters                               counters_ = {};
-    fasa_timings                                timings_  = {};
+    mutable std::recursive_mutex            mutex_;
+    bool                                    running_ = false;
+    std::unique_ptr<Profile>                profile_;
+    std::shared_ptr<const Profile::Layouts> layouts_;
+    fasa_config                             config_      = {};
+    const Kernels *                         kernels_     = nullptr;
+    fasa_scorer                             scorer_      = nullptr;
+    void *                                  scorer_user_ = nullptr;
+    int64_t                                 generation_  = 0; // changes with profile, layouts and configuration
+    std::map<ggml_backend_t, std::unique_ptr<gpu::Decoder>> gpus_;
+    std::map<int32_t, Layer>                                layers_; // by layer number
+    std::map<int32_t, Captured>                             captured_;
+    SlidingWindows                                          windows_;
+    std::map<ggml_backend_buffer_t, WriteOrder>             orders_; // by the buffer that holds a cache's layers
+    fasa_counters                                           counters_ = {};
+    fasa_timings                                            timings_  = {};
     std::atomic<int64_t> n_attended_{0}, bytes_attended_{0}, n_indexed_{0}, n_verify_failures_{0};
 
     // of the graph that is running

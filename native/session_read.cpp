@@ -20,6 +20,9 @@ fasa_counters Session::counters() const {
             c.kv_bytes += entry.second.kv_bytes;
         }
     }
+    for (const auto & gpu : gpus_) {
+        gpu.second->add_to(&c);
+    }
     return c;
 }
 
@@ -36,6 +39,9 @@ void Session::reset() {
     bytes_attended_    = 0;
     n_indexed_         = 0;
     n_verify_failures_ = 0;
+    for (auto & gpu : gpus_) {
+        gpu.second->reset();
+    }
 }
 
 void Session::invalidate() {
@@ -43,6 +49,9 @@ void Session::invalidate() {
     refuse_while_running("The side index");
     for (auto & entry : layers_) {
         entry.second.index.reset();
+    }
+    for (auto & gpu : gpus_) {
+        gpu.second->invalidate();
     }
 }
 

@@ -236,6 +236,7 @@ def examine() -> list[Finding]:
         _attempt("AMX", lambda: _judge(judge_amx), rebuild()),
         _attempt("devices", _devices, rebuild()),
         _attempt("pyfasa kernels", _kernels, "reinstall pyfasa"),
+        _attempt("CUDA kernels", _cuda, "reinstall pyfasa with nvcc on the PATH"),
         _attempt("hook", _hook, f"reinstall both: {rebuild()}, then pyfasa"),
     ]
 
@@ -289,6 +290,25 @@ def _kernels() -> Finding:
     return Finding(
         "pyfasa kernels", f"{native.isa_name(native.isa_best())} (of {' '.join(usable)})"
     )
+
+
+def judge_cuda(has_device: bool, usable: bool, sentence: str) -> Finding:
+    """Whether decoding on a GPU of llama.cpp is served."""
+    if has_device and not usable:
+        return Finding(
+            "CUDA kernels",
+            sentence,
+            "note",
+            "install nvcc (CUDA 12 or newer) and build pyfasa again: pip install --no-build-isolation .",
+        )
+    return Finding("CUDA kernels", sentence)
+
+
+def _cuda() -> Finding:
+    from pyfasa import native
+
+    has_device = any(d.name.startswith("CUDA") and d.type == "GPU" for d in devices())
+    return judge_cuda(has_device, *native.cuda())
 
 
 def _hook() -> Finding:

@@ -13,6 +13,12 @@ from pyfasa.errors import ProfileError
 from pyfasa.native import Config, Counters, Scorer, Session, Timings, check_config
 from pyfasa.profile import Profile
 
+# From how many times the budget on selecting cells is faster than dense attention. A GPU's dense attention is
+# fast: there the fixed costs of the stages weigh more (measured on an H100, docs/cuda.md).
+PAYS_FROM = 2
+PAYS_FROM_CUDA = 7
+PAYS_FROM_CUDA_F16 = 14
+
 
 def make_config(
     budget: int = 1024,
@@ -22,8 +28,9 @@ def make_config(
     max_rows: int = 8,
     sinks: int = 4,
     recent: int = 32,
+    pays_from: int = PAYS_FROM,
 ) -> Config:
-    """Settings as users give them: n_fc and index_bits None are the profile's own, min_ctx None is twice the budget."""
+    """Settings as users give them: None is the profile's own n_fc and index_bits; min_ctx is pays_from budgets."""
     if index_bits is not None and _whole("index_bits", index_bits) == 0:
         raise ValueError(
             "index_bits is 0; 1, 2, 4 or 8 bits exist, or None for those of the profile."
@@ -36,7 +43,9 @@ def make_config(
         budget=_whole("budget", budget),
         n_fc=0 if n_fc is None else _whole("n_fc", n_fc),
         bits=0 if index_bits is None else _whole("index_bits", index_bits),
-        min_ctx=2 * _whole("budget", budget) if min_ctx is None else _whole("min_ctx", min_ctx),
+        min_ctx=pays_from * _whole("budget", budget)
+        if min_ctx is None
+        else _whole("min_ctx", min_ctx),
         max_rows=_whole("max_rows", max_rows),
         sinks=_whole("sinks", sinks),
         recent=_whole("recent", recent),
@@ -63,7 +72,15 @@ class Fasa:
     side index before each use and compare; slow). A value out of range raises ValueError and changes nothing.
     """
 
-    def __init__(self, config: Config, attachment: Attachment, *, follow_budget: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        attachment: Attachment,
+        *,
+        follow_budget: bool,
+        pays_from: int = PAYS_FROM,
+    ) -> None:
+        self._pays_from = pays_from
         self._config = config
         self._n_fc: int | None = config.n_fc or None
         self._session = attachment.session
@@ -138,7 +155,9 @@ class Fasa:
 
     @budget.setter
     def budget(self, value: int) -> None:
-        checked = make_config(budget=value, sinks=self.sinks, recent=self.recent)
+        checked = make_config(
+            budget=value, sinks=self.sinks, recent=self.recent, pays_from=self._pays_from
+        )
         min_ctx = checked.min_ctx if self._min_ctx_follows else self._config.min_ctx
         self._apply(replace(self._config, budget=checked.budget, min_ctx=min_ctx))
 
@@ -183,7 +202,9 @@ class Fasa:
 
     @min_ctx.setter
     def min_ctx(self, value: int | None) -> None:
-        checked = make_config(budget=self.budget, min_ctx=value, sinks=0, recent=0)
+        checked = make_config(
+            budget=self.budget, min_ctx=value, sinks=0, recent=0, pays_from=self._pays_from
+        )
         self._apply(replace(self._config, min_ctx=checked.min_ctx))
         self._min_ctx_follows = value is None
 

@@ -14,8 +14,8 @@ import llama_cpp
 
 from pyfasa.attach import Attachment, ProfileArgument, attach
 from pyfasa.errors import DenseWarning, HostError, ModelFileError
-from pyfasa.handle import Fasa, make_config
-from pyfasa.native import KV_TYPES
+from pyfasa.handle import PAYS_FROM, PAYS_FROM_CUDA, PAYS_FROM_CUDA_F16, Fasa, make_config
+from pyfasa.native import KV_TYPES, cuda
 
 
 def kv_type(value: int | str | None, argument: str) -> int | None:
@@ -42,7 +42,8 @@ class Llama(llama_cpp.Llama):
     budget : cells that each query head attends per decoded token.
     n_fc : chunks scored per KV head; None is the profile's own number.
     index_bits : 1, 2, 4 or 8 bits per scored dim instead of the profile's own; fewer are faster and smaller.
-    min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget.
+    min_ctx : visible cells below which decoding stays dense and bit-identical to the parent; None is 2 * budget,
+        or with the cache on a CUDA device 14 * budget (f16, bf16) or 7 * budget (quantized).
     max_rows : tokens in one batch (of one sequence, or of several in one cache) up to which it is decoding, 0 to 64;
         above it is prefill and dense.
     sinks, recent : first and last visible tokens, always attended.
@@ -80,7 +81,8 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        config = make_config(budget, n_fc, index_bits, min_ctx, max_rows, sinks, recent)
+        pays_from = _pays_from(kv_type(type_k, "type_k"), kwargs)
+        config = make_config(budget, n_fc, index_bits, min_ctx, max_rows, sinks, recent, pays_from)
         arguments = dict(
             kwargs,
             flash_attn=flash_attn,
@@ -99,7 +101,7 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self.close()
             raise
-        self.fasa = Fasa(config, attachment, follow_budget=min_ctx is None)
+        self.fasa = Fasa(config, attachment, follow_budget=min_ctx is None, pays_from=pays_from)
         if attachment.reason is not None and not attachment.expected:
             warnings.warn(f"Decoding is dense: {attachment.reason}", DenseWarning, stacklevel=2)
         if attachment.profile is not None and kwargs.get("lora_path"):
@@ -155,6 +157,14 @@ class Llama(llama_cpp.Llama):
         enabled = state.pop("_fasa_enabled")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.fasa.enabled = enabled
+
+
+def _pays_from(type_k: int | None, kwargs: dict[str, Any]) -> int:
+    """From how many budgets on selecting pays: later where a CUDA device that pyfasa serves computes attention."""
+    if not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True) and cuda()[0]):
+        return PAYS_FROM
+    half = type_k in (None, KV_TYPES["f16"], KV_TYPES["bf16"])
+    return PAYS_FROM_CUDA_F16 if half else PAYS_FROM_CUDA
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

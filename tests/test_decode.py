@@ -321,10 +321,10 @@ def test_threshold_property_on_a_real_layer(real: tuple[Profile, Any, Any]) -> N
     model, n_fc, budget = profile.identity, profile.n_fc, 100
     n_block = -(-len(keys) // native.BLOCK_CELLS)
     for head_kv in range(model.n_head_kv):
+        used = profile.bits[3, head_kv, :n_fc] > 0
         layout = native.Layout(
             model.head_dim, model.n_rot, model.rope,
-            np.ascontiguousarray(profile.chunks[3, head_kv, :n_fc]),
-            np.ascontiguousarray(profile.bits[3, head_kv, :n_fc]),
+            profile.chunks[3, head_kv, :n_fc][used], profile.bits[3, head_kv, :n_fc][used],
         )  # fmt: skip
         index = np.zeros((n_block, layout.block_bytes), np.uint8)
         own = np.ascontiguousarray(keys[:, head_kv])

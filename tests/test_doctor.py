@@ -29,6 +29,14 @@ def test_system_features() -> None:
     assert doctor.system_features("") == {}
 
 
+def test_cuda_is_judged() -> None:
+    assert doctor.judge_cuda(False, False, "no device").status == "ok"
+    assert doctor.judge_cuda(True, True, "kernels").status == "ok"
+    missing = doctor.judge_cuda(True, False, "libpyfasa_cuda.so could not be loaded")
+    assert missing.status == "note"
+    assert "nvcc" in missing.remedy
+
+
 @pytest.mark.parametrize(
     ("flags", "built", "made_by", "status"),
     [
@@ -91,7 +99,16 @@ def test_this_machine() -> None:
     findings = doctor.examine()
     assert [f for f in findings if f.status == "problem"] == []
     topics = [f.topic for f in findings]
-    for topic in ("CPU", "llama-cpp-python", "ggml", "devices", "pyfasa kernels", "hook", "AMX"):
+    for topic in (
+        "CPU",
+        "llama-cpp-python",
+        "ggml",
+        "devices",
+        "pyfasa kernels",
+        "CUDA kernels",
+        "hook",
+        "AMX",
+    ):
         assert topic in topics
 
 

@@ -224,6 +224,47 @@ def answers_table() -> str:
     return markdown(["document", "attention", "right", "cells attended"], rows)
 
 
+def cuda_table() -> str:
+    """Dense and FASA on a GPU, medians of one run; and with K and V in system memory."""
+    rows = []
+    for name, place in (("q8_0", "GPU"), ("f16", "GPU"), ("host-f16", "system memory")):
+        data = read(f"cuda-{name}.csv")
+        for dense, fasa in zip(data[::2], data[1::2], strict=True):
+            d, f = number(dense["median_ts"]), number(fasa["median_ts"])
+            rows.append(
+                [
+                    f"{int(fasa['n_depth']):,}",
+                    fasa["type_k"],
+                    place,
+                    fasa["index_bits"],
+                    f"{d:.1f}",
+                    f"{f:.1f}",
+                    f"**{f / d:.2f} x**",
+                    f"{100 * number(fasa['cells_read']):.1f} %",
+                ]
+            )
+    header = ["tokens in the cache", "K/V", "cache in", "index bits", "llama.cpp t/s", "pyfasa t/s"]
+    return markdown([*header, "ratio", "cells attended"], rows)
+
+
+def cuda_stage_table() -> str:
+    """Time of each stage of one layer against the time its bytes take at 3.0 TB/s."""
+    rows = [
+        [
+            f"{int(r['n_depth']):,}",
+            r["type"],
+            r["bits"],
+            r["stage"],
+            f"{int(r['bytes']) / 1e6:.2f}",
+            r["floor_us"],
+            r["time_us"],
+            f"{number(r['ratio']):.1f}" if r["stage"] != "prepare" else "",
+        ]
+        for r in read("cuda-stages.csv")
+    ]
+    return markdown(["depth", "K/V", "bits", "stage", "MB", "floor us", "us", "ratio"], rows)
+
+
 def put(path: Path, tables: dict[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -239,6 +280,8 @@ def main() -> None:
         "types": types_table(),
         "layouts": layouts_table(),
         "rows": rows_table(),
+        "cuda": cuda_table(),
+        "cuda-stages": cuda_stage_table(),
         "answers": answers_table(),
         "kld": kld_table(),
         "outliers": outliers_table(),

@@ -13,6 +13,7 @@ from pyfasa.native.call import (
     ROPE_IDS,
 )
 from pyfasa.native.host import (
+    cuda,
     fail_allocations,
     ggml_versions,
     isa_best,
@@ -57,6 +58,7 @@ __all__ = [
     "Timings",
     "attend",
     "check_config",
+    "cuda",
     "fail_allocations",
     "ggml_versions",
     "hadamard",

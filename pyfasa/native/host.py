@@ -48,3 +48,8 @@ def reasons() -> dict[str, str]:
 def fail_allocations(successes: int) -> None:
     """Fault injection: allocations of side indexes and work space fail after ``successes`` more; -1: none fails."""
     lib.fasa_fail_allocations(successes)
+
+
+def cuda() -> tuple[bool, str]:
+    """Whether decode graphs of llama.cpp's CUDA devices are served, and a sentence about it."""
+    return bool(lib.fasa_cuda_usable()), text(lib.fasa_cuda_text())

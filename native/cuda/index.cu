@@ -1,0 +1,292 @@
+// index: keys of the cache as entries of the side index (Layout::write of layout.cpp), and the first phase of a node:
+// entries of its new cells, codes of its queries.
+#include <cfloat>
+
+#include "kernels.cuh"
+#include "rows.cuh"
+
+namespace fasa::gpu {
+
+namespace {
+
+constexpr int   kWarp       = 32;
+constexpr int   kWarps      = 4;       // per thread block, one cell or query each
+constexpr float kGaussStep2 = 0.9957f; // as in layout.cpp
+
+// The nearest step of a byte, or the least that is not below (step_code and quantize_finely of layout.cpp).
+__device__ uint32_t step_code(float step, bool up) {
+    const uint32_t bits = __float_as_uint(fminf(fmaxf(step, kStepMin), kStepMax)) - kStepOffset;
+    return min((bits + (up ? (1u << 19) - 1 : 1u << 18)) >> 19, 255u);
+}
+
+__device__ float step_value(uint32_t code) { return __uint_as_float((code << 19) + kStepOffset); }
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+    for (int i = kWarp / 2; i > 0; i /= 2) {
+        x += __shfl_xor_sync(~0u, x, i);
+    }
+    return x;
+}
+
+__device__ float warp_max(float x) {
+#pragma unroll
+    for (int i = kWarp / 2; i > 0; i /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    }
+    return x;
+}
+
+// In place on one warp's row in shared memory; the butterflies of hadamard.h in the same order.
+__device__ void undo_rotation(float * x, int dim, int block, int lane) {
+    if (block == 0) {
+        return;
+    }
+    const int n = dim / block * block;
+    for (int half = 1; half < block; half *= 2) {
+        for (int i = lane; i < n / 2; i += kWarp) {
+            const int   at = (i & -half) * 2 + (i & (half - 1)); // half is a power of two
+            const float a = x[at], b = x[at + half];
+            x[at]        = a + b;
+            x[at + half] = a - b;
+        }
+        __syncwarp();
+    }
+    const float norm = 1.0f / sqrtf(static_cast<float>(block));
+    for (int i = lane; i < n; i += kWarp) {
+        x[i] *= norm;
+    }
+    __syncwarp();
+}
+
+__device__ void read_key(const Rows & k, const uint8_t * row, int rotation, float * key, int lane) {
+    for (int i = lane; i < k.dim / kLaneDims; i += kWarp) {
+        load_lane(k.type, row, i, key + i * kLaneDims);
+    }
+    __syncwarp();
+    undo_rotation(key, k.dim, rotation, lane);
+}
+
+// Neighbours of the cell share its words and may be written by other warps at the same time.
+__device__ void put_bits(uint32_t * word, uint32_t mask, uint32_t bits, bool zeroed) {
+    if (!zeroed) {
+        atomicAnd(word, ~mask);
+    }
+    atomicOr(word, bits);
+}
+
+// One cell of a block by one warp. A lane owns the quads lane, lane + 32, ...
+__device__ void write_cell(const HeadLayout & l, const float * key, uint32_t * block, int cell, bool zeroed, int lane) {
+    for (int s = 0; s < l.n_segment; ++s) {
+        const Segment seg    = l.segments[s];
+        const int     n      = 4 * seg.n_quad;
+        const float   top    = static_cast<float>((1 << seg.bits) - 1);
+        const float   middle = 0.5f * top;
+        float         peak = 0.0f, square = 0.0f, used = 0.0f;
+        for (int i = lane; i < n; i += kWarp) {
+            const int d = l.dims[seg.slot + i];
+            if (d >= 0) {
+                const float x = (key[d] - l.center[seg.slot + i]) / l.scale[seg.slot + i];
+                peak          = fmaxf(peak, fabsf(x));
+                square += x * x;
+                used += 1.0f;
+            }
+        }
+        peak              = warp_max(peak);
+        square            = warp_sum(square);
+        const bool  fine  = seg.bits >= 4;
+        uint32_t    code  = step_code(peak / middle, true);
+        const float step  = fine ? step_value(code) : kGaussStep2 * sqrtf(square / warp_sum(used));
+        const float inv   = step > 0.0f ? 1.0f / step : 0.0f;
+        float       xl    = 0.0f;
+        uint32_t *  words = block + (seg.offset + kStepsBytes) / 4;
+        const int   group = cell / 16, per_byte = seg.bits == 1 ? 4 : 8 / seg.bits;
+        for (int quad = lane; quad < seg.n_quad; quad += kWarp) {
+            uint32_t packed = 0;
+            for (int i = 0; i < 4; ++i) {
+                const int slot = seg.slot + 4 * quad + i;
+                const int d    = l.dims[slot];
+                if (d < 0) {
+                    continue;
+                }
+                const float    x = (key[d] - l.center[slot]) / l.scale[slot];
+                const uint32_t u = static_cast<uint32_t>(fminf(top, fmaxf(0.0f, rintf(x * inv + middle))));
+                xl += x * (static_cast<float>(u) - middle);
+                packed |= u << (8 * i);
+            }
+            // With 1 bit two quads share their words, the second in the high nibbles (code_place of layout.h).
+            const bool     pairs = seg.bits == 1;
+            const int      shift = group % per_byte * seg.bits + (pairs ? quad % 2 * 4 : 0);
+            const uint32_t field = 0x01010101u * ((1u << seg.bits) - 1u);
+            const int      first = pairs ? quad / 2 * 16 : quad * (16 * seg.bits / 2);
+            const int      word  = first + group / per_byte * 16 + cell % 16;
+            put_bits(words + word, field << shift, packed << shift, zeroed);
+        }
+        xl   = warp_sum(xl);
+        code = fine ? code : step_code(xl > 0.0f ? square / xl : 0.0f, false);
+        if (lane == 0) {
+            const int shift = cell % 4 * 8;
+            put_bits(block + (seg.offset + cell) / 4, 0xffu << shift, code << shift, zeroed);
+        }
+    }
+}
+
+// ---- rebuild: all entries of a layer from the cache ---------------------------------------------------------------
+
+// Grid: block of cells, KV head, stream. The block is put together in shared memory.
+__global__ void __launch_bounds__(kWarps * kWarp)
+    rebuild_kernel(const Node node, int64_t first_block, int64_t * n_different) {
+    extern __shared__ uint32_t block[];
+    __shared__ float           keys[kWarps][FASA_MAX_HEAD_DIM];
+    const int                  warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const HeadLayout &         l       = node.index.heads[blockIdx.y];
+    const int                  n_words = l.block_bytes / 4;
+    for (int i = threadIdx.x; i < n_words; i += blockDim.x) {
+        block[i] = 0;
+    }
+    __syncthreads();
+    const int64_t   b     = first_block + blockIdx.x;
+    const int64_t   first = b * FASA_BLOCK_CELLS;
+    const uint8_t * rows  = node.k.data + blockIdx.z * node.k.stream + blockIdx.y * node.k.head;
+    for (int c = warp; c < FASA_BLOCK_CELLS && first + c < node.n_kv; c += kWarps) {
+        read_key(node.k, rows + (first + c) * node.k.cell, node.index.rotation, keys[warp], lane);
+        write_cell(l, keys[warp], block, c, true, lane);
+        __syncwarp();
+    }
+    __syncthreads();
+    auto * out = reinterpret_cast<uint32_t *>(index_block(node.index, l, node.index.first_stream + blockIdx.z, b));
+    for (int i = threadIdx.x; i < n_words; i += blockDim.x) {
+        if (n_different == nullptr) {
+            out[i] = block[i];
+        } else if (out[i] != block[i]) {
+            atomicAdd(reinterpret_cast<unsigned long long *>(n_different), 1ull);
+        }
+    }
+}
+
+// ---- prepare: the first phase of a node
+// ------------------------------------------------------------------------------
+
+__device__ void prepare_query(const Node & node, int query, float * q, int lane) {
+    const int     head = query % node.n_head, row = query / node.n_head % node.n_rows;
+    const int     stream = query / node.n_head / node.n_rows;
+    const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
+                                                           head * node.q_head + stream * node.q_stream);
+    const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
+    for (int i = lane; i < node.k.dim; i += kWarp) {
+        q[i] = source[i];
+    }
+    __syncwarp();
+    undo_rotation(q, node.k.dim, node.index.rotation, lane);
+
+    int8_t * codes = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
+    float *  level = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
+    for (int s = 0; s < l.n_segment; ++s) {
+        const Segment seg  = l.segments[s];
+        float         peak = 0.0f;
+        for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
+            const int d = l.dims[seg.slot + i];
+            peak        = fmaxf(peak, d >= 0 ? fabsf(q[d] * l.scale[seg.slot + i]) : 0.0f);
+        }
+        peak              = warp_max(peak);
+        const float top   = 127.0f; // no 16-bit sums here: all widths may use the whole range
+        const float inv   = peak > 0.0f ? top / peak : 0.0f;
+        float       total = 0.0f;
+        for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
+            const int   d       = l.dims[seg.slot + i];
+            const float x       = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
+            const float code    = fminf(top, fmaxf(-top, rintf(x * inv)));
+            codes[seg.slot + i] = static_cast<int8_t>(code);
+            total += code;
+        }
+        total = warp_sum(total);
+        if (lane == 0) {
+            level[2 * s]     = peak / top;
+            level[2 * s + 1] = peak / top * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
+        }
+    }
+}
+
+// The first or last cells that a row sees, in the order of cells: 32 at a time until there are enough. Returns how many
+// cells from that end they span.
+__device__ int span_of(const uint16_t * mask, int n_kv, int n, bool from_end, int lane) {
+    int base = 0;
+    for (; base < n_kv && n > 0; base += kWarp) {
+        const int      i   = base + lane;
+        const bool     see = i < n_kv && mask[from_end ? n_kv - 1 - i : i] != 0xfc00;
+        const uint32_t all = __ballot_sync(~0u, see);
+        if (__popc(all) >= n) {
+            const bool last = see && __popc(all & ((2u << lane) - 1)) == n;
+            return base + __ffs(__ballot_sync(~0u, last));
+        }
+        n -= __popc(all);
+    }
+    return n > 0 ? n_kv : base;
+}
+
+__device__ void prepare_row(const Node & node, int row, int lane) {
+    const auto * mask  = reinterpret_cast<const uint16_t *>(node.mask + row % node.n_rows * node.mask_row +
+                                                            row / node.n_rows * node.mask_stream);
+    const int    first = span_of(mask, node.n_kv, node.n_first, false, lane);
+    const int    last  = span_of(mask, node.n_kv, node.n_last, true, lane);
+    if (lane == 0) {
+        node.scratch.n_visible[row] = 0;
+        node.scratch.windows[row]   = {first, node.n_kv - last};
+    }
+}
+
+__device__ void prepare_cell(const Node & node, int task, float * key, int lane) {
+    const int     head   = task % node.n_head_kv;
+    const int64_t cell   = node.new_cells[task / node.n_head_kv];
+    const int64_t stream = cell / node.index.n_cell, of_stream = cell % node.index.n_cell;
+    if (cell < 0 || stream >= node.index.n_stream) {
+        return;
+    }
+    const HeadLayout & l  = node.index.heads[head];
+    const int64_t      at = stream - node.index.first_stream; // negative for a stream before those of the node
+    read_key(node.k, node.k.data + at * node.k.stream + head * node.k.head + of_stream * node.k.cell,
+             node.index.rotation, key, lane);
+    auto * block = reinterpret_cast<uint32_t *>(index_block(node.index, l, stream, of_stream / FASA_BLOCK_CELLS));
+    write_cell(l, key, block, static_cast<int>(of_stream % FASA_BLOCK_CELLS), false, lane);
+}
+
+// The layout is needed last, and in pieces that depend on each other: all of it is called for at once.
+__device__ void prefetch_layout(const HeadLayout & l, int lane) {
+    for (int at = lane * 128; at < static_cast<int>(sizeof(HeadLayout)); at += kWarp * 128) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(reinterpret_cast<const uint8_t *>(&l) + at));
+    }
+}
+
+__global__ void __launch_bounds__(kWarps * kWarp) prepare_kernel(const Node node) {
+    __shared__ float rows[kWarps][FASA_MAX_HEAD_DIM];
+    const int        warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int        task    = blockIdx.x * kWarps + warp;
+    const int        n_query = node.n_head * node.n_rows * node.n_stream;
+    const int        n_row   = node.n_rows * node.n_stream;
+    const int head = task < n_query ? task % node.n_head / (node.n_head / node.n_head_kv) : task % node.n_head_kv;
+    prefetch_layout(node.index.heads[head], lane);
+    if (task < n_query) {
+        prepare_query(node, task, rows[warp], lane);
+    } else if (task < n_query + node.n_new * node.n_head_kv) {
+        prepare_cell(node, task - n_query, rows[warp], lane);
+    } else if (task < n_query + node.n_new * node.n_head_kv + n_row) {
+        prepare_row(node, task - n_query - node.n_new * node.n_head_kv, lane);
+    }
+}
+
+} // namespace
+
+cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different,
+                           cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(n_blocks(node.n_kv) - first_block), node.n_head_kv, node.n_stream);
+    rebuild_kernel<<<grid, kWarps * kWarp, max_block_bytes, stream>>>(node, first_block, n_different);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_prepare(const Node & node, cudaStream_t stream) {
+    const int n_task = (node.n_head + 1) * node.n_rows * node.n_stream + node.n_new * node.n_head_kv;
+    prepare_kernel<<<(n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream>>>(node);
+    return cudaGetLastError();
+}
+
+} // namespace fasa::gpu

@@ -1,0 +1,32 @@
+// The phases of a node as launches: prepare, score, select, attend, in this order on one stream. None waits for the
+// host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "layout.h"
+#include "node.h"
+
+namespace fasa::gpu {
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+}
+
+// The index of all cells that the node sees, from a block on. n_different: compare with what is there instead, and
+// count the words that differ.
+cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different,
+                           cudaStream_t stream);
+
+cudaError_t launch_prepare(const Node & node, cudaStream_t stream);
+cudaError_t launch_score(const Node & node, cudaStream_t stream);
+cudaError_t launch_select(const Node & node, cudaStream_t stream);
+cudaError_t launch_attend(const Node & node, cudaStream_t stream);
+
+// Once per device, before the first launch: more shared memory than a kernel gets unasked.
+cudaError_t prepare_select();
+
+} // namespace fasa::gpu

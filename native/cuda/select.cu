@@ -1,0 +1,366 @@
+// select: the `budget` best cells of each query, exactly. One thread block per query, in three steps:
+//   floor      the budget-th largest peak: at least that many cells reach it, so no lower cell is needed
+//   candidates cells that reach the floor, in cell order, in shared memory when they fit
+//   threshold  the budget-th largest candidate; cells above it are selected, and of those equal to it the first ones
+// The result depends on the scores only, not on the order in which threads run.
+#include <cfloat>
+#include <climits>
+
+#include <math_constants.h>
+
+#include "block.cuh"
+#include "kernels.cuh"
+
+namespace fasa::gpu {
+
+namespace {
+
+constexpr int kBins   = 2048;
+constexpr int kList   = 1024; // values of the last bin that are ranked one against another
+constexpr int kHeld   = 6144; // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
+constexpr int kPerRun = 16;   // peaks of a thread in registers: contexts up to 131,072 cells
+
+struct alignas(16) Shared {
+    Exchange exchange;
+    union {
+        int32_t bins[kBins];
+        float   list[kList];
+    };
+    union {
+        float   values[kHeld];
+        int32_t groups[kHeld]; // before the values are known: the peaks that reach the floor
+    };
+    int32_t cells[kHeld];
+    int32_t bin, above, count, total;
+    float   result;
+};
+
+// ---- values to choose from: consecutive ones per thread, so that a sum over threads gives their order
+// ----------------
+
+template <int N> struct Registers {
+    float x[N]; // -inf where there is none
+
+    // f(value, place among the thread's own)
+    template <typename F> __device__ void each(F && f) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            f(x[i], i);
+        }
+    }
+};
+
+struct InMemory { // this thread's part of an array
+    const float * x;
+    int           n;
+
+    template <typename F> __device__ void each(F && f) const {
+        for (int i = 0; i < n; ++i) {
+            f(x[i], i);
+        }
+    }
+};
+
+__device__ InMemory part_of(const float * x, int n) {
+    const int share = (n + kThreads - 1) / kThreads;
+    const int first = min(n, static_cast<int>(threadIdx.x) * share);
+    return {x + first, min(share, n - first)};
+}
+
+// ---- the k-th largest
+// ------------------------------------------------------------------------------------------------
+
+// Monotone: multiplication by a positive number and subtraction round monotonically, so bins keep the order of values.
+// The factor keeps hi - lo and its inverse inside the range of floats.
+struct Binning {
+    float lo, factor, per_bin;
+
+    __device__ explicit Binning(const Range & r) {
+        factor  = r.hi - r.lo > FLT_MAX ? 0.5f : r.hi - r.lo < 1e-30f ? 0x1p100f : 1.0f;
+        lo      = r.lo * factor;
+        per_bin = (kBins - 1) / (r.hi * factor - lo);
+    }
+    __device__ int operator()(float x) const {
+        return static_cast<int>(fminf(static_cast<float>(kBins - 1), (x * factor - lo) * per_bin));
+    }
+};
+
+// The bin in which the k-th largest value lies: sh.bin; sh.above values are in higher bins, sh.count in this one.
+__device__ void find_bin(Shared & sh, Block & block, int k) {
+    // Thread t has the bins 2047 - 2t and 2046 - 2t: sums run from the highest bin down.
+    const int high = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
+    const int a = sh.bins[high], b = sh.bins[high - 1];
+    int       total;
+    const int before = block.exclusive_sum(a + b, &total);
+    if (before < k && before + a >= k) {
+        sh.bin = high, sh.above = before, sh.count = a;
+    } else if (before + a < k && before + a + b >= k) {
+        sh.bin = high - 1, sh.above = before + a, sh.count = b;
+    }
+    sh.total = 0;
+    __syncthreads();
+}
+
+// The k-th largest of the values of one bin, at most kList: each thread ranks one.
+template <typename Values> __device__ float rank_bin(Shared & sh, const Values & values, const Range & r, int k) {
+    const Binning bin(r);
+    const int     at = sh.bin, count = sh.count;
+    values.each([&](float x, int) {
+        if (x >= r.lo && x <= r.hi && bin(x) == at) {
+            sh.list[atomicAdd(&sh.total, 1)] = x; // in the place of bins, which were read before the last barrier
+        }
+    });
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < count) {
+        const float x       = sh.list[threadIdx.x];
+        int         greater = 0, equal = 0;
+        for (int i = 0; i < count; ++i) {
+            greater += sh.list[i] > x ? 1 : 0;
+            equal += sh.list[i] == x ? 1 : 0;
+        }
+        if (greater < k && greater + equal >= k) { // equal values write the same
+            sh.result = x;
+        }
+    }
+    __syncthreads();
+    return sh.result;
+}
+
+// The k-th largest value, or -FLT_MAX when fewer than k are visible.
+template <typename Values> __device__ float kth_largest(Shared & sh, Block & block, const Values & values, int k) {
+    // Forced cells are counted apart: they would stretch the range of all others.
+    Census own = kNobody;
+    values.each([&](float x, int) {
+        own.forced += x == kForced ? 1 : 0;
+        if (x >= -FLT_MAX && x < kForced) {
+            ++own.plain;
+            own.range.widen(x);
+        }
+    });
+    const Census all = block.census(own);
+    if (all.forced >= k || all.forced + all.plain < k) {
+        return all.forced >= k ? kForced : -FLT_MAX;
+    }
+    k -= all.forced;
+    Range r = all.range;
+    while (r.lo < r.hi) {
+        const Binning bin(r);
+        for (int i = threadIdx.x; i < kBins; i += kThreads) {
+            sh.bins[i] = 0;
+        }
+        __syncthreads();
+        values.each([&](float x, int) {
+            if (x >= r.lo && x <= r.hi) {
+                atomicAdd(sh.bins + bin(x), 1);
+            }
+        });
+        __syncthreads();
+        find_bin(sh, block, k);
+        k -= sh.above;
+        if (sh.count <= kList) {
+            return rank_bin(sh, values, r, k);
+        }
+        // Many values in one bin: its own range is binned next. lo and hi fall into different bins, so this ends.
+        const int at    = sh.bin;
+        Census    inner = kNobody;
+        values.each([&](float x, int) {
+            if (x >= r.lo && x <= r.hi && bin(x) == at) {
+                inner.range.widen(x);
+            }
+        });
+        r = block.census(inner).range;
+    }
+    return r.lo;
+}
+
+// ---- steps
+// -----------------------------------------------------------------------------------------------------------
+
+// The peaks that reach the floor, in order, into sh.groups; their number, which is above kHeld when they do not fit.
+template <typename Values>
+__device__ int list_groups(Shared & sh, Block & block, const Values & peaks, int first, float floor) {
+    int own = 0;
+    peaks.each([&](float x, int) { own += x >= floor ? 1 : 0; });
+    int total;
+    int at = block.exclusive_sum(own, &total);
+    if (total <= kHeld) {
+        peaks.each([&](float x, int i) {
+            if (x >= floor) {
+                sh.groups[at++] = first + i;
+            }
+        });
+    }
+    __syncthreads();
+    return total;
+}
+
+__device__ void load_group(const float * scores, int group, float x[kPeak]) {
+    const float4 a = reinterpret_cast<const float4 *>(scores)[2 * group];
+    const float4 b = reinterpret_cast<const float4 *>(scores)[2 * group + 1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+// Cells that reach the floor, in cell order, into sh.values and sh.cells; their number, which is above kHeld when they
+// do not fit. Scores are read twice: the second time they are near.
+__device__ int gather(Shared & sh, Block & block, const float * scores, int n_group, float floor) {
+    constexpr int kMost = kHeld / kThreads;
+    const int     share = (n_group + kThreads - 1) / kThreads;
+    const int     first = static_cast<int>(threadIdx.x) * share;
+    int           groups[kMost];
+    int           own = 0;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+        groups[j] = j < share && first + j < n_group ? sh.groups[first + j] : -1;
+        if (groups[j] >= 0) {
+            float x[kPeak];
+            load_group(scores, groups[j], x);
+#pragma unroll
+            for (int i = 0; i < kPeak; ++i) {
+                own += x[i] >= floor ? 1 : 0;
+            }
+        }
+    }
+    int total;
+    int at = block.exclusive_sum(own, &total); // its barrier: values may now take the place of groups
+    if (total <= kHeld) {
+#pragma unroll
+        for (int j = 0; j < kMost; ++j) {
+            if (groups[j] >= 0) {
+                float x[kPeak];
+                load_group(scores, groups[j], x);
+#pragma unroll
+                for (int i = 0; i < kPeak; ++i) {
+                    if (x[i] >= floor) {
+                        sh.values[at]  = x[i];
+                        sh.cells[at++] = groups[j] * kPeak + i;
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();
+    return total;
+}
+
+// Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
+// the thread's value i.
+template <typename Values, typename Cell>
+__device__ int write_cells(Shared & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
+                           Cell && cell) {
+    int above = 0, equal = 0;
+    values.each([&](float x, int) {
+        above += x > t ? 1 : 0;
+        equal += x == t ? 1 : 0;
+    });
+    int       n_above, n_all_equal;
+    const int above_before = block.exclusive_sum(above, &n_above);
+    int       equals       = block.exclusive_sum(equal, &n_all_equal);
+    const int n_equal      = max(0, min(n_all_equal, limit - n_above));
+    int       at           = above_before + min(equals, n_equal);
+    values.each([&](float x, int i) {
+        const bool tie = x == t && equals < n_equal;
+        equals += x == t ? 1 : 0;
+        if ((x > t || tie) && at < limit) {
+            out[at++] = cell(i);
+        }
+    });
+    return min(limit, n_above + n_equal);
+}
+
+__device__ int write_from_memory(Shared & sh, Block & block, const float * values, const int32_t * cells, int n,
+                                 float t, int limit, int32_t * out) {
+    const InMemory own   = part_of(values, n);
+    const int      first = static_cast<int>(own.x - values);
+    return write_cells(sh, block, own, t, limit, out,
+                       [&](int i) { return cells != nullptr ? cells[first + i] : first + i; });
+}
+
+// Candidates in registers, when there are few per thread.
+template <int N> __device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out) {
+    Registers<N> own;
+    const int    first = static_cast<int>(threadIdx.x) * N;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        own.x[i] = first + i < n ? sh.values[first + i] : -CUDART_INF_F;
+    }
+    const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
+    return write_cells(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
+}
+
+// From the peaks on: floor, candidates, threshold. `first`: the thread's first peak.
+template <typename Values>
+__device__ int select_from(Shared & sh, Block & block, const Values & peaks, int first, int n_peak,
+                           const float * scores, int budget, int32_t * out) {
+    const float floor   = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
+    const int   n_group = list_groups(sh, block, peaks, first, floor);
+    const int   n       = n_group <= kHeld ? gather(sh, block, scores, n_group, floor) : INT_MAX;
+    if (n <= 3 * kThreads) {
+        return finish<3>(sh, block, n, budget, floor, out);
+    }
+    if (n <= kHeld) {
+        return finish<kHeld / kThreads>(sh, block, n, budget, floor, out);
+    }
+    const float t = kth_largest(sh, block, part_of(scores, n_peak * kPeak), budget);
+    return write_from_memory(sh, block, scores, nullptr, n_peak * kPeak, t, budget, out);
+}
+
+// N peaks of each thread in registers, four at a time from memory.
+template <int N>
+__device__ int select_in_registers(Shared & sh, Block & block, const float * peaks, int n_peak, const float * scores,
+                                   int budget, int32_t * out) {
+    Registers<N> own;
+    const int    first = static_cast<int>(threadIdx.x) * N;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) { // the number of peaks is a multiple of 8
+        const float4 x = first + i < n_peak ? *reinterpret_cast<const float4 *>(peaks + first + i)
+                                            : make_float4(-CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F);
+        own.x[i] = x.x, own.x[i + 1] = x.y, own.x[i + 2] = x.z, own.x[i + 3] = x.w;
+    }
+    return select_from(sh, block, own, first, n_peak, scores, budget, out);
+}
+
+__global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
+    extern __shared__ __align__(16) uint8_t raw[];
+    Shared &                                sh    = *reinterpret_cast<Shared *>(raw);
+    const int                               query = blockIdx.x;
+    const int     n_cell = static_cast<int>(n_blocks(node.n_kv)) * FASA_BLOCK_CELLS, n_peak = n_cell / kPeak;
+    const float * scores = node.scratch.scores + static_cast<int64_t>(query) * n_cell;
+    const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
+    int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
+    Block         block(sh.exchange);
+    const int     n_visible = node.scratch.n_visible[query / node.n_head];
+    int           n;
+    if (n_visible < node.min_ctx ||
+        n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
+        n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
+    } else {
+        if (n_peak <= 4 * kThreads) {
+            n = select_in_registers<4>(sh, block, peaks, n_peak, scores, node.budget, out);
+        } else if (n_peak <= kPerRun * kThreads) {
+            n = select_in_registers<kPerRun>(sh, block, peaks, n_peak, scores, node.budget, out);
+        } else {
+            const InMemory own = part_of(peaks, n_peak);
+            n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
+        }
+    }
+    if (threadIdx.x == 0) {
+        node.scratch.n_selected[query] = n;
+        atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),
+                  static_cast<unsigned long long>(n_visible));
+        atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 1), static_cast<unsigned long long>(n));
+    }
+}
+
+} // namespace
+
+cudaError_t launch_select(const Node & node, cudaStream_t stream) {
+    const int n_query = node.n_head * node.n_rows * node.n_stream;
+    select_kernel<<<n_query, kThreads, sizeof(Shared), stream>>>(node);
+    return cudaGetLastError();
+}
+
+cudaError_t prepare_select() {
+    return cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+}
+
+} // namespace fasa::gpu

@@ -1,0 +1,490 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "../backend.h"
+#include "../kv_type.h"
+
+namespace fasa::gpu {
+
+namespace {
+
+constexpr int64_t kMaxNewCells = 4096; // of one SET_ROWS node in a decode graph
+
+bool is_view_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
+           t->op == GGML_OP_TRANSPOSE;
+}
+
+// Upstream's experiment with several streams reorders nodes around attention: not to be cut into segments.
+bool upstream_reorders() {
+    const char * value = std::getenv("GGML_CUDA_GRAPH_OPT");
+    return value != nullptr && std::atoi(value) == 1;
+}
+
+// Upstream refuses graphs with expert matrices in some shapes, because they wait for the device.
+bool may_capture(ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        if (ggml_graph_node(graph, i)->op == GGML_OP_MUL_MAT_ID) {
+            return false;
+        }
+    }
+    return true;
+}
+
+Rows rows_of(const ggml_tensor * t) {
+    return {static_cast<const uint8_t *>(t->data),    static_cast<int64_t>(t->nb[1]), static_cast<int64_t>(t->nb[2]),
+            static_cast<int64_t>(t->view_src->nb[2]), static_cast<int32_t>(t->type),  static_cast<int32_t>(t->ne[0])};
+}
+
+} // namespace
+
+Decoder::Decoder(const Api * api, ggml_backend_t backend) : api_(api), backend_(backend) {}
+
+Decoder::~Decoder() {
+    forget();
+    if (fork_ != nullptr) {
+        ggml_backend_event_free(fork_);
+        ggml_backend_event_free(join_);
+    }
+}
+
+ggml_status Decoder::compute(ggml_cgraph * graph, GraphCompute inner, const Settings & s) {
+    Graph now;
+    now.uid     = seam::uid_of(graph);
+    now.config  = s.config;
+    now.layouts = s.layouts;
+    now.epoch   = epoch_;
+    if (is_captured_ && s.config.verify == 0 && same_as_last(now) && is_built(last_)) {
+        count(last_, s.counters);
+        mark_written(last_);
+        return launch() ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+    }
+    try {
+        scan(graph, s, &now);
+        reserve(s.config, &now);
+    } catch (const std::exception &) { // no memory, or no stream: everything dense, and counted
+        now.counts.nodes[FASA_REASON_NO_MEMORY] += now.counts.nodes[FASA_REASON_SPARSE];
+        now.counts.nodes[FASA_REASON_SPARSE] = 0;
+        now.work.clear();
+        invalidate(); // the scan may have ended before it saw all writes
+    }
+    now.epoch = epoch_;
+    count(now, s.counters);
+    if (now.work.empty()) {
+        const ggml_status status = inner(backend_, graph);
+        mark_written(now);
+        return status;
+    }
+    const bool  verify = s.config.verify != 0;
+    const bool  again  = same_as_last(now) && !verify && may_capture(graph);
+    const bool  built  = is_built(now);
+    ggml_status status = GGML_STATUS_FAILED;
+    // A capture outlives a graph that only has to rebuild the index.
+    is_captured_ = again && (is_captured_ || (built && capture(graph, inner, now)));
+    if (is_captured_ && built) {
+        status = launch() ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+    } else {
+        status = copy_new_cells(now) ? segments(graph, inner, now, false, verify) : GGML_STATUS_FAILED;
+    }
+    mark_written(now);
+    if (status != GGML_STATUS_SUCCESS) {
+        invalidate();
+        return status;
+    }
+    last_ = std::move(now);
+    return status;
+}
+
+// ---- what a graph asks for -------------------------------------------------------------------------------------
+
+bool Decoder::same_as_last(const Graph & graph) const {
+    return graph.uid != 0 && graph.uid == last_.uid && graph.epoch == last_.epoch && graph.layouts == last_.layouts &&
+           std::memcmp(&graph.config, &last_.config, sizeof(fasa_config)) == 0;
+}
+
+void Decoder::count(const Graph & graph, fasa_counters * counters) const {
+    for (int i = 0; i < FASA_REASON_COUNT; ++i) {
+        counters->nodes[i] += graph.counts.nodes[i];
+    }
+    if (!graph.work.empty()) {
+        counters->cells_indexed += graph.counts.cells_indexed;
+        counters->bytes_scored += graph.counts.bytes_scored;
+    }
+}
+
+void Decoder::mark_stale(int32_t layer) {
+    const auto it = indexes_.find(layer);
+    if (it != indexes_.end() && it->second != nullptr) {
+        it->second->mark_all();
+    }
+}
+
+void Decoder::mark_written(const Graph & graph) {
+    for (const int32_t layer : graph.written) {
+        mark_stale(layer);
+    }
+}
+
+void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
+    const int           n_nodes = ggml_graph_n_nodes(graph);
+    const ggml_tensor * mask    = nullptr;
+    cells_of_layer_.clear();
+    for (int i = 0; i < n_nodes; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            several_masks_ = several_masks_ || (mask != nullptr && node->src[3] != mask);
+            mask           = node->src[3];
+        }
+    }
+    for (int i = 0; i < n_nodes; ++i) {
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
+            continue;
+        }
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            ++out->counts.nodes[prepare(node, i, s, out)];
+        } else if (node->view_src != nullptr) {
+            note_write(node, out);
+        }
+    }
+}
+
+// A node that writes into a K cache. Rows named by an index tensor reach the index with the attention node that follows
+// in the same graph; every other write makes the whole layer stale.
+void Decoder::note_write(const ggml_tensor * node, Graph * out) {
+    int32_t layer = 0;
+    if (cache_root(node, &layer) == nullptr) {
+        return;
+    }
+    out->written.push_back(layer);
+    const ggml_tensor * rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
+    const bool known = rows != nullptr && node->view_offs == 0 && rows->type == GGML_TYPE_I64 &&
+                       rows->op == GGML_OP_NONE && ggml_is_contiguous(rows) && ggml_nelements(rows) <= kMaxNewCells &&
+                       cells_of_layer_.count(layer) == 0;
+    if (!known) {
+        mark_stale(layer);
+        cells_of_layer_[layer] = -1;
+        return;
+    }
+    size_t i = 0;
+    while (i < out->cells.size() && out->cells[i].tensor != rows) {
+        ++i;
+    }
+    if (i == out->cells.size()) {
+        const int64_t at = out->cells.empty() ? 0 : out->cells.back().at + ggml_nelements(out->cells.back().tensor);
+        out->cells.push_back({rows, at});
+    }
+    cells_of_layer_[layer] = static_cast<int32_t>(i);
+}
+
+fasa_reason Decoder::prepare(ggml_tensor * node, int at, const Settings & s, Graph * out) {
+    Work              w = {};
+    const PlanContext context{s.profile, s.layouts.get(), &s.config, nullptr, nullptr, true};
+    const fasa_reason reason =
+        upstream_reorders() ? FASA_REASON_DISABLED : plan(node, context, several_masks_, &w.plan);
+    const fasa_reason indexed = reason == FASA_REASON_SPARSE ? prepare_index(w.plan, s, *out) : reason;
+    if (indexed != FASA_REASON_SPARSE) {
+        return indexed;
+    }
+    const int32_t layer = w.plan.layer;
+    const auto    cells = cells_of_layer_.find(layer);
+    w.at                = at;
+    w.node              = node;
+    w.index             = indexes_[layer].get();
+    w.cells             = cells != cells_of_layer_.end() ? cells->second : -1;
+    out->written.erase(std::remove(out->written.begin(), out->written.end(), layer), out->written.end());
+    out->counts.cells_indexed += w.cells >= 0 ? ggml_nelements(out->cells[w.cells].tensor) : 0;
+    out->counts.bytes_scored += n_blocks(w.plan.k->ne[1]) * w.index->block_bytes() * node->src[0]->ne[3];
+    out->work.push_back(std::move(w));
+    return FASA_REASON_SPARSE;
+}
+
+// SPARSE when the layer's index serves the node.
+fasa_reason Decoder::prepare_index(const Plan & plan, const Settings & s, const Graph & graph) {
+    auto & index = indexes_[plan.layer];
+    if (index != nullptr && index->serves(plan, s.layouts.get())) {
+        return FASA_REASON_SPARSE;
+    }
+    if (index != nullptr &&
+        std::any_of(graph.work.begin(), graph.work.end(), [&](const Work & w) { return w.index == index.get(); })) {
+        return FASA_REASON_CACHE_VIEWS;
+    }
+    if (!has_kernels((*s.layouts)[plan.layer], plan.n_head_kv)) {
+        return FASA_REASON_NO_PROFILE;
+    }
+    index.reset(); // both at once could be the one that does not fit
+    ++epoch_;
+    const std::pair<const void *, int64_t> key{plan.k_root->data, s.generation};
+    if (too_large_.count(plan.layer) != 0 && too_large_[plan.layer] == key) {
+        return FASA_REASON_NO_MEMORY;
+    }
+    if (!watch_buffer(plan.k_root->buffer, s.session)) {
+        return FASA_REASON_NO_CACHE;
+    }
+    open(plan.k->data);
+    try {
+        index = std::make_unique<DeviceIndex>(stream_, plan, s.layouts);
+    } catch (const std::bad_alloc &) {
+        too_large_[plan.layer] = key;
+        return FASA_REASON_NO_MEMORY;
+    }
+    kv_bytes_[plan.layer] = static_cast<int64_t>(ggml_nbytes(plan.k_root) + ggml_nbytes(plan.v->view_src));
+    return FASA_REASON_SPARSE;
+}
+
+// ---- device memory ---------------------------------------------------------------------------------------------
+
+void Decoder::open(const void * memory) {
+    if (stream_ == nullptr) {
+        stream_ = std::make_shared<Stream>(api_, memory);
+        fork_   = ggml_backend_event_new(ggml_backend_get_device(backend_));
+        join_   = ggml_backend_event_new(ggml_backend_get_device(backend_));
+        if (fork_ == nullptr || join_ == nullptr || seam::of(fork_)->device != ggml_backend_get_device(backend_)) {
+            fail(FASA_STATUS_HOST, "The CUDA device of this llama.cpp makes no events that pyfasa knows.");
+        }
+    }
+}
+
+void Decoder::reserve(const fasa_config & config, Graph * out) {
+    if (out->work.empty()) {
+        return;
+    }
+    const int64_t max_selected = std::max(config.budget, config.min_ctx);
+    int64_t       n_query = 0, n_block = 0, n_row = 0, n_parts = 0, n_cells = 0;
+    for (const Work & w : out->work) {
+        const ggml_tensor * q   = w.node->src[0];
+        const int64_t       own = q->ne[1] * q->ne[2] * q->ne[3];
+        n_parts                 = std::max(n_parts, own * n_splits(config.budget, own) * (2 + w.plan.v->ne[0]));
+        n_row                   = std::max(n_row, q->ne[1] * q->ne[3]);
+        n_query                 = std::max(n_query, q->ne[1] * q->ne[2] * q->ne[3]);
+        n_block                 = std::max(n_block, n_blocks(w.plan.k->ne[1]));
+        row_bytes_ = kv_row_bytes(w.plan.k->type, w.plan.k->ne[0]) + kv_row_bytes(w.plan.v->type, w.plan.v->ne[0]);
+    }
+    for (const Cells & c : out->cells) {
+        n_cells = std::max(n_cells, c.at + ggml_nelements(c.tensor));
+    }
+    bool moved = totals_.reserve(stream_, 3);
+    moved |= new_cells_.reserve(stream_, n_cells);
+    moved |= codes_.reserve(stream_, n_query * kMaxSlots);
+    moved |= levels_.reserve(stream_, n_query * 2 * kSegments);
+    moved |= scores_.reserve(stream_, n_query * n_block * FASA_BLOCK_CELLS);
+    moved |= peaks_.reserve(stream_, n_query * n_block * (FASA_BLOCK_CELLS / kPeak));
+    moved |= n_visible_.reserve(stream_, n_row);
+    moved |= windows_.reserve(stream_, n_row);
+    moved |= selected_.reserve(stream_, n_query * max_selected);
+    moved |= n_selected_.reserve(stream_, n_query);
+    moved |= parts_.reserve(stream_, n_parts);
+    moved |= arrived_.reserve(stream_, n_query);
+    epoch_ += moved ? 1 : 0;
+    for (Work & w : out->work) {
+        w.args = arguments(w, *out, config);
+    }
+}
+
+Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config & config) const {
+    const ggml_tensor * node = w.node;
+    const ggml_tensor * q    = node->src[0];
+    const ggml_tensor * mask = node->src[3];
+    Node                n    = {};
+    n.q                      = static_cast<const float *>(q->data);
+    n.q_row                  = static_cast<int64_t>(q->nb[1]);
+    n.q_head                 = static_cast<int64_t>(q->nb[2]);
+    n.q_stream               = static_cast<int64_t>(q->nb[3]);
+    n.k                      = rows_of(w.plan.k);
+    n.v                      = rows_of(w.plan.v);
+    n.mask                   = static_cast<const uint8_t *>(mask->data);
+    n.mask_row               = static_cast<int64_t>(mask->nb[1]);
+    n.mask_stream            = static_cast<int64_t>(mask->nb[3]);
+    n.sinks                  = node->src[4] != nullptr ? static_cast<const float *>(node->src[4]->data) : nullptr;
+    n.out                    = static_cast<float *>(node->data);
+    n.out_head               = static_cast<int64_t>(node->nb[1]);
+    n.out_row                = static_cast<int64_t>(node->nb[2]);
+    n.out_stream             = static_cast<int64_t>(node->nb[3]);
+    n.n_kv                   = static_cast<int32_t>(w.plan.k->ne[1]);
+    n.n_rows                 = static_cast<int32_t>(q->ne[1]);
+    n.n_stream               = static_cast<int32_t>(q->ne[3]);
+    n.n_head                 = w.plan.n_head;
+    n.n_head_kv              = w.plan.n_head_kv;
+    std::memcpy(&n.scale, node->op_params + 0, sizeof(float));
+    std::memcpy(&n.softcap, node->op_params + 2, sizeof(float));
+    n.index        = w.index->view(w.plan);
+    n.new_cells    = w.cells >= 0 ? new_cells_.get() + graph.cells[w.cells].at : nullptr;
+    n.n_new        = w.cells >= 0 ? static_cast<int32_t>(ggml_nelements(graph.cells[w.cells].tensor)) : 0;
+    n.budget       = config.budget;
+    n.min_ctx      = config.min_ctx;
+    n.n_first      = config.sinks;
+    n.n_last       = config.recent;
+    n.max_selected = std::max(config.budget, config.min_ctx);
+    n.n_split      = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
+    n.scratch = {codes_.get(),    levels_.get(),     scores_.get(), peaks_.get(),   n_visible_.get(), windows_.get(),
+                 selected_.get(), n_selected_.get(), parts_.get(),  arrived_.get(), totals_.get()};
+    return n;
+}
+
+// ---- running
+// ---------------------------------------------------------------------------------------------------------
+
+bool Decoder::is_built(const Graph & graph) const {
+    for (const Work & w : graph.work) {
+        for (int64_t i = 0; i < w.args.n_stream; ++i) {
+            if (w.index->built(w.plan.first_stream + i) < w.args.n_kv) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool Decoder::fork() {
+    ggml_backend_event_record(fork_, backend_);
+    return api_->wait_event(stream_->device(), seam::of(fork_)->context) == 0;
+}
+
+bool Decoder::join() {
+    const bool recorded = api_->record_event(stream_->device(), seam::of(join_)->context) == 0;
+    if (recorded) {
+        ggml_backend_event_wait(backend_, join_);
+    }
+    return recorded;
+}
+
+bool Decoder::launch() { return fork() && api_->launch(stream_->device(), capture_) == 0 && join(); }
+
+// The memory of an input may be used for something else before the last layer needs it.
+bool Decoder::copy_new_cells(const Graph & graph) {
+    bool ok = fork();
+    for (const Cells & c : graph.cells) {
+        ok = ok && api_->copy(stream_->device(), new_cells_.get() + c.at, c.tensor->data, ggml_nbytes(c.tensor)) == 0;
+    }
+    return ok && join();
+}
+
+bool Decoder::phases(const Work & w, bool verify) {
+    Device * device = stream_->device();
+    int64_t  first  = INT64_MAX;
+    for (int64_t i = 0; i < w.args.n_stream; ++i) {
+        first = std::min(first, w.index->built(w.plan.first_stream + i));
+    }
+    if (first < w.args.n_kv) { // from the block on in which the first unbuilt cell lies
+        if (api_->rebuild(device, &w.args, first / FASA_BLOCK_CELLS, w.index->max_block_bytes(), nullptr) != 0) {
+            return false;
+        }
+        for (int64_t i = 0; i < w.args.n_stream; ++i) {
+            w.index->built(w.plan.first_stream + i) = w.args.n_kv;
+        }
+    }
+    bool ok = api_->prepare(device, &w.args) == 0;
+    if (verify) {
+        ok = ok && api_->rebuild(device, &w.args, 0, w.index->max_block_bytes(), totals_.get() + 2) == 0;
+    }
+    return ok && api_->score(device, &w.args) == 0 && api_->select(device, &w.args) == 0 &&
+           api_->attend(device, &w.args) == 0;
+}
+
+// The graph cut at its replaced nodes. While we capture, llama.cpp must not capture a segment by itself, which it does
+// when the segment comes twice without a change: a byte of padding in the segment's first node changes.
+ggml_status Decoder::segments(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned, bool capturing,
+                              bool verify) {
+    int        begin   = 0;
+    const auto segment = [&](int end) {
+        if (end == begin) {
+            return GGML_STATUS_SUCCESS;
+        }
+        seam::Graph part = seam::part_of(graph, begin, end);
+        if (capturing) {
+            part.nodes[0]->padding[0] ^= 1;
+        }
+        return inner(backend_, reinterpret_cast<ggml_cgraph *>(&part));
+    };
+    for (const Work & w : scanned.work) {
+        const ggml_status status = segment(w.at);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        if (!fork() || !phases(w, verify) || !join()) {
+            return GGML_STATUS_FAILED;
+        }
+        begin = w.at + 1;
+    }
+    return segment(ggml_graph_n_nodes(graph));
+}
+
+// Our stream begins and ends the capture; llama.cpp's joins it by its first event.
+bool Decoder::capture(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned) {
+    Device * device = stream_->device();
+    if (api_->begin_capture(device) != 0) {
+        return false;
+    }
+    bool ok = true;
+    for (const Cells & c : scanned.cells) {
+        ok = ok && api_->copy(device, new_cells_.get() + c.at, c.tensor->data, ggml_nbytes(c.tensor)) == 0;
+    }
+    ok               = ok && join() && segments(graph, inner, scanned, true, false) == GGML_STATUS_SUCCESS && fork();
+    const bool ended = api_->end_capture(device, &capture_) == 0;
+    return ok && ended && capture_ != nullptr;
+}
+
+void Decoder::forget() {
+    if (capture_ != nullptr) {
+        api_->free_capture(capture_);
+    }
+    capture_     = nullptr;
+    is_captured_ = false;
+    last_        = {};
+}
+
+// ---- what the session passes on ----------------------------------------------------------------------------------
+
+bool Decoder::bytes_written(const void * first, size_t size) {
+    bool touched = false;
+    for (auto & entry : indexes_) {
+        touched = (entry.second != nullptr && entry.second->mark_bytes(first, size)) || touched;
+    }
+    return touched;
+}
+
+void Decoder::buffer_freed(ggml_backend_buffer_t buffer) {
+    for (auto it = indexes_.begin(); it != indexes_.end();) {
+        const bool gone = it->second != nullptr && it->second->root()->buffer == buffer;
+        it              = gone ? indexes_.erase(it) : std::next(it);
+    }
+    forget();
+    ++epoch_;
+}
+
+void Decoder::invalidate() {
+    for (auto & entry : indexes_) {
+        if (entry.second != nullptr) {
+            entry.second->mark_all();
+        }
+    }
+}
+
+void Decoder::add_to(fasa_counters * c) const {
+    int64_t totals[3] = {};
+    if (totals_.get() != nullptr) {
+        api_->download(stream_->device(), totals, totals_.get(), sizeof(totals));
+    }
+    c->cells_visible += totals[0];
+    c->cells_attended += totals[1];
+    c->verify_failures += totals[2];
+    c->bytes_attended += totals[1] * row_bytes_;
+    for (const auto & entry : indexes_) {
+        if (entry.second != nullptr) {
+            c->index_bytes += entry.second->bytes();
+            c->kv_bytes += kv_bytes_.at(entry.first);
+        }
+    }
+}
+
+void Decoder::reset() {
+    const int64_t zeros[3] = {};
+    if (totals_.get() != nullptr) {
+        api_->upload(stream_->device(), totals_.get(), zeros, sizeof(zeros));
+    }
+}
+
+} // namespace fasa::gpu

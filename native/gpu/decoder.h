@@ -1,0 +1,121 @@
+// One decorated CUDA backend: attention nodes of decode graphs go to our kernels on our stream, all else to the inner
+// backend. No step waits for the device.
+//
+// A graph runs in one of three ways: untouched; in segments, cut at the attention nodes, with events between the two
+// streams; or as one captured CUDA graph of all of that. A graph seen for the second time is captured, and launched
+// from then on until llama.cpp builds another.
+#pragma once
+
+#include <ggml-backend.h>
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "../profile.h"
+#include "../seam.h"
+#include "index.h"
+
+namespace fasa {
+class Session;
+}
+
+namespace fasa::gpu {
+
+using GraphCompute = ggml_status (*)(ggml_backend_t, ggml_cgraph *);
+
+// What the session has in force.
+struct Settings {
+    Session *                               session;
+    const Profile *                         profile;
+    std::shared_ptr<const Profile::Layouts> layouts;
+    fasa_config                             config;
+    int64_t                                 generation; // changes with any of them
+    fasa_counters *                         counters;
+};
+
+class Decoder {
+  public:
+    Decoder(const Api * api, ggml_backend_t backend);
+    ~Decoder();
+    Decoder(const Decoder &)             = delete;
+    Decoder & operator=(const Decoder &) = delete;
+
+    ggml_status compute(ggml_cgraph * graph, GraphCompute inner, const Settings & settings);
+
+    bool bytes_written(const void * first, size_t size); // true when K of an index was touched
+    void buffer_freed(ggml_backend_buffer_t buffer);
+    void invalidate();
+
+    void add_to(fasa_counters * counters) const; // waits for the device
+    void reset();
+
+  private:
+    struct Work {         // an attention node that is replaced
+        int           at; // in the graph
+        ggml_tensor * node;
+        Plan          plan;
+        DeviceIndex * index;
+        int32_t       cells; // which of cells_ the graph's SET_ROWS of this layer names; -1: unknown
+        Node          args;
+    };
+    struct Cells { // an index tensor of SET_ROWS nodes
+        const ggml_tensor * tensor;
+        int64_t             at; // where its copy is in new_cells_
+    };
+    struct Graph {                                          // what scan() found in one
+        uint64_t                                uid    = 0; // ggml's: the same while the graph is reused
+        fasa_config                             config = {};
+        std::shared_ptr<const Profile::Layouts> layouts;
+        int64_t                                 epoch = 0;
+        std::vector<Work>                       work;
+        std::vector<int32_t>                    written; // layers whose K it writes without a replaced node
+        std::vector<Cells>                      cells;
+        fasa_counters                           counts = {}; // of one run
+    };
+
+    void        scan(ggml_cgraph * graph, const Settings & settings, Graph * out);
+    fasa_reason prepare(ggml_tensor * node, int at, const Settings & settings, Graph * out);
+    fasa_reason prepare_index(const Plan & plan, const Settings & settings, const Graph & graph);
+    void        note_write(const ggml_tensor * node, Graph * out);
+    void        open(const void * memory);
+    void        reserve(const fasa_config & config, Graph * out);
+    Node        arguments(const Work & work, const Graph & graph, const fasa_config & config) const;
+    bool        same_as_last(const Graph & graph) const;
+    bool        is_built(const Graph & graph) const;
+    void        count(const Graph & graph, fasa_counters * counters) const;
+    void        mark_stale(int32_t layer);
+    void        mark_written(const Graph & graph);
+    bool        copy_new_cells(const Graph & graph);
+    ggml_status segments(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned, bool capturing, bool verify);
+    bool        phases(const Work & work, bool verify);
+    bool        capture(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned);
+    bool        launch();
+    bool        fork(); // the inner stream's work so far comes before ours
+    bool        join(); // and ours before the inner stream's
+    void        forget();
+
+    const Api *             api_;
+    ggml_backend_t          backend_;
+    std::shared_ptr<Stream> stream_; // once the first cache has shown on which device
+    ggml_backend_event_t    fork_ = nullptr, join_ = nullptr;
+    Graph                   last_; // the last one with replaced nodes
+    Capture *               capture_     = nullptr;
+    bool                    is_captured_ = false; // capture_ is last_; else an older one, to be updated
+
+    std::map<int32_t, std::unique_ptr<DeviceIndex>>     indexes_; // by layer
+    std::map<int32_t, int64_t>                          kv_bytes_;
+    std::map<int32_t, std::pair<const void *, int64_t>> too_large_;      // K and generation whose index found no memory
+    std::map<int32_t, int32_t>                          cells_of_layer_; // of the graph being scanned; -1: unknown
+    bool                                                several_masks_ = false;
+    int64_t epoch_     = 0; // changes when memory that a capture holds has moved
+    int64_t row_bytes_ = 0; // of K and V
+
+    Memory<int64_t> new_cells_, totals_; // totals_: visible, attended, different
+    Memory<int8_t>  codes_;
+    Memory<float>   levels_, scores_, peaks_, parts_;
+    Memory<Window>  windows_;
+    Memory<int32_t> n_visible_, selected_, n_selected_, arrived_;
+};
+
+} // namespace fasa::gpu

@@ -1,0 +1,140 @@
+"""Decode speed on a CUDA device at several depths, dense and FASA in turns on one context, as CSV of `pyfasa bench`.
+
+    python tests/gpu/bench.py MODEL --kv q8_0 --depths 4096,32768,131072 --bits 4,2 --budget 2048
+
+The cache is filled by evaluating random tokens, each depth going on from the one before. The profile is random when the
+model has none: speed depends on shapes only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pyfasa import benchmark, doctor
+from pyfasa.llama import Llama
+from pyfasa.profile import Profile
+from pyfasa.synthetic import fill, read_state
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from check import profile_of
+
+
+def device_name() -> str:
+    return next(d.description for d in doctor.devices() if d.type == "GPU")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--kv", default="q8_0")
+    parser.add_argument("--depths", default="4096,32768,131072")
+    parser.add_argument("--bits", default="4")
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--n-gen", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--kv-on-host", action="store_true", help="offload_kqv=False: K and V in system memory"
+    )
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    depths = [int(d) for d in args.depths.split(",")]
+    settings = benchmark.Settings(
+        model=args.model,
+        depths=tuple(depths),
+        budgets=(args.budget,),
+        type_k=args.kv,
+        type_v=args.kv,
+        n_gen=args.n_gen,
+        repetitions=args.repetitions,
+        n_threads=args.threads,
+        command="python tests/gpu/bench.py " + " ".join([args.model.name, *sys.argv[2:]]),
+    )
+    profile = profile_of(args.model)
+
+    def open_model(profile: Profile | bool) -> Llama:
+        # A short piece of the deepest context must fit after the last repetition.
+        return Llama(
+            str(args.model),
+            n_ctx=max(depths) + args.n_gen + 64,
+            n_batch=2048,
+            n_ubatch=2048,
+            n_gpu_layers=-1,
+            offload_kqv=not args.kv_on_host,
+            n_threads=args.threads,
+            type_k=args.kv,
+            type_v=args.kv,
+            profile=profile,
+            budget=args.budget,
+            verbose=False,
+        )
+
+    llm = open_model(profile)
+    rng = np.random.default_rng(0)
+    where = f", K and V in system memory, {llm.n_threads} threads" if args.kv_on_host else ""
+    common = benchmark.describe(llm, settings) | {
+        "machine": device_name() + where,
+        "backend": "CUDA",
+    }
+    tokens = rng.integers(3, 250, args.n_gen).tolist()
+    plain: dict[int, list[benchmark.Repetition]] = {}
+    if args.kv_on_host:
+        # With a profile the CPU computes decode attention, also inside dense(): the baseline is a context without one.
+        llm.close()
+        llm = open_model(False)
+        llm.eval(rng.integers(3, 250, benchmark.REAL_CELLS).tolist())
+        state = read_state(llm)
+        for depth in depths:
+            fill(llm, state, depth)
+            plain[depth] = [
+                benchmark.repeat(llm, depth, tokens, None) for _ in range(args.repetitions)
+            ]
+        llm.close()
+        llm = open_model(profile)
+    rows = []
+    at = 0
+    for depth in depths:
+        start = time.perf_counter()
+        if args.kv_on_host:
+            fill(llm, state, depth)
+        else:
+            with llm.dense():
+                llm.eval(rng.integers(3, 250, depth - at).tolist())
+        at = depth
+        print(
+            f"{args.kv} depth {depth}: filled in {time.perf_counter() - start:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        for bits in (int(b) for b in args.bits.split(",")):
+            llm.fasa.index_bits = bits
+            dense, fasa = list(plain.get(depth, [])), []
+            for _ in range(args.repetitions):
+                if not plain:
+                    dense.append(benchmark.repeat(llm, depth, tokens, None))
+                fasa.append(benchmark.repeat(llm, depth, tokens, args.budget))
+            pair = [
+                benchmark.row(common, settings, depth, budget, llm.fasa.n_fc, result)
+                for budget, result in ((None, dense), (args.budget, fasa))
+            ]
+            for row in pair:
+                row["index_bits"] = bits if row["attention"] == "fasa" else None
+                row["median_ts"] = float(np.median(row["samples_ts"]))
+            rows += pair
+            d, f = (row["median_ts"] for row in pair)
+            print(
+                f"{args.kv} depth {depth} bits {bits}: dense {d:.1f} t/s, fasa {f:.1f} t/s, {f / d:.2f} x "
+                f"({1e3 / d:.3f} and {1e3 / f:.3f} ms) {pair[1]['nodes']}",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(benchmark.to_csv(rows))
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""FASA on a CUDA device against FASA on the CPU: the same model, tokens and settings; and what the counters say.
+
+    python tests/gpu/check.py MODEL [TOKENS]
+
+Exits with 1 at the first thing that is not as it should be. MODEL needs a profile, or gets a random one.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+import pyfasa
+from pyfasa.embed import find_profile
+from pyfasa.identity import ModelIdentity
+from pyfasa.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+failures = 0
+
+
+def expect(what: str, ok: bool, detail: object = "") -> None:
+    global failures
+    failures += not ok
+    print(f"{'ok   ' if ok else 'FAIL '} {what} {detail}", flush=True)
+
+
+def profile_of(path: Path) -> Profile:
+    if (found := find_profile(path)) is not None:
+        return Profile.load(found)
+    from support import random_profile
+
+    return random_profile(path, bits=(4,), n_fc=ModelIdentity.read(path).head_dim // 4)
+
+
+def logits(
+    path: Path, tokens: list[int], n_decode: int, rows: int = 1, **arguments: object
+) -> tuple[np.ndarray, pyfasa.Llama]:
+    """Logits of the last `n_decode` tokens, decoded `rows` at a time; the model is left open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        llm = pyfasa.Llama(str(path), n_ctx=len(tokens) + 64, verbose=False, **arguments)
+    out = []
+    prompt = len(tokens) - n_decode
+    llm.eval(tokens[:prompt])
+    llm.fasa.reset()
+    for at in range(prompt, len(tokens), rows):
+        llm.eval(tokens[at : at + rows])
+        pointer = __import__("llama_cpp").llama_get_logits(llm.ctx)
+        out.append(np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy())
+    return np.array(out), llm
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def compare(path: Path, tokens: list[int], kv: str, budget: int, n_decode: int) -> None:
+    name = f"{kv}, budget {budget}:"
+    profile = profile_of(path)
+    common = {
+        "type_k": kv,
+        "type_v": kv,
+        "profile": profile,
+        "budget": budget,
+        "min_ctx": 2 * budget,
+    }
+    gpu, llm = logits(path, tokens, n_decode, n_gpu_layers=-1, **common)
+    counters = llm.fasa.counters
+    n_layer = int((profile.bits[:, :, 0] > 0).any(axis=1).sum())
+    expect(f"{name} sparse nodes", counters.nodes["sparse"] == n_layer * n_decode, counters.nodes)
+    expect(
+        f"{name} cells attended",
+        0 < counters.cells_attended < counters.cells_visible,
+        f"{counters.cells_attended} of {counters.cells_visible}",
+    )
+    # The index after all that is what a rebuild makes of K.
+    llm.fasa.verify = True
+    for token in tokens[-2:]:
+        llm.eval([token])
+    expect(
+        f"{name} index verified",
+        llm.fasa.counters.verify_failures == 0,
+        llm.fasa.counters.verify_failures,
+    )
+    llm.fasa.verify = False
+    dense = llm.fasa.counters.nodes["sparse"]
+    with llm.dense():
+        llm.eval(tokens[-1:])
+    expect(f"{name} dense inside dense()", llm.fasa.counters.nodes["sparse"] == dense)
+    llm.eval(tokens[-1:])
+    llm.fasa.verify = True
+    llm.eval(tokens[-1:])
+    expect(f"{name} index rebuilt after dense()", llm.fasa.counters.verify_failures == 0)
+    llm.close()
+
+    cpu, llm = logits(path, tokens, n_decode, n_gpu_layers=0, offload_kqv=False, **common)
+    llm.close()
+    exact, llm = logits(
+        path, tokens, n_decode, n_gpu_layers=-1, **(common | {"budget": len(tokens), "min_ctx": 1})
+    )
+    llm.close()
+    full, llm = logits(path, tokens, n_decode, n_gpu_layers=-1, **(common | {"profile": False}))
+    llm.close()
+    plain, llm = logits(
+        path, tokens, n_decode, n_gpu_layers=0, offload_kqv=False, **(common | {"profile": False})
+    )
+    llm.close()
+    # Upstream's own two backends differ by this much: rounding in a cache of 4 bits goes a long way.
+    between = difference(full, plain)
+    expect(
+        f"{name} logits as on the CPU",
+        difference(gpu, cpu) < 0.01 + 1.5 * between,
+        f"{difference(gpu, cpu):.4f}, dense {between:.4f}",
+    )
+    expect(
+        f"{name} budget of all cells is dense attention",
+        difference(exact, full) < 0.01 + 1.5 * between,
+        f"{difference(exact, full):.4f}",
+    )
+    rows, llm = logits(path, tokens, n_decode, rows=4, n_gpu_layers=-1, **common)
+    expect(
+        f"{name} batches of 4 rows are sparse",
+        llm.fasa.counters.nodes["sparse"] == n_layer * n_decode // 4,
+    )
+    llm.close()
+    # Logits of a batch's last row; earlier rows of the batch see the same cells as one by one.
+    expect(
+        f"{name} batches of 4 rows",
+        difference(rows, gpu[3::4]) < 0.01 + 1.5 * between,
+        f"{difference(rows, gpu[3::4]):.4f}",
+    )
+    expect(
+        f"{name} a small budget is not",
+        difference(gpu, full) > 1e-6,
+        f"{difference(gpu, full):.4f}",
+    )
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    n_token = int(sys.argv[2]) if len(sys.argv) > 2 else 3000
+    from pyfasa import doctor, native
+
+    print("CUDA:", native.cuda()[1])
+    expect("CUDA kernels are loaded", native.cuda()[0])
+    print("; ".join(f"{d.name}: {d.description}" for d in doctor.devices()))
+    rng = np.random.default_rng(7)
+    tokens = [int(t) for t in rng.integers(3, 250, n_token)]
+    for kv in ("f16", "q8_0", "q4_0", "bf16"):
+        compare(path, tokens, kv, 256, 24)
+    print("all as it should be" if failures == 0 else f"{failures} FAILED")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The CUDA part where there is no GPU: what it says; and with one, tests/gpu/check.py on the bundled model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyfasa import doctor, native
+from pyfasa.handle import make_config
+
+ROOT = Path(__file__).resolve().parents[1]
+has_gpu = any(d.type == "GPU" and d.name.startswith("CUDA") for d in doctor.devices())
+
+
+def test_the_sentence_says_what_is_there() -> None:
+    usable, sentence = native.cuda()
+    assert sentence.endswith(".")
+    if not has_gpu:
+        assert not usable
+        assert "no CUDA device" in sentence
+
+
+def test_selecting_pays_later_on_a_gpu() -> None:
+    assert make_config(budget=100).min_ctx == 200
+    assert make_config(budget=100, pays_from=7).min_ctx == 700
+    assert make_config(budget=100, min_ctx=300, pays_from=7).min_ctx == 300
+
+
+@pytest.mark.skipif(not has_gpu, reason="llama.cpp has no CUDA device here")
+def test_a_model_on_the_gpu(tmp_path: Path) -> None:
+    model = next((ROOT / "models").glob("*.gguf"))
+    check = subprocess.run(
+        [sys.executable, ROOT / "tests" / "gpu" / "check.py", model], capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stdout
