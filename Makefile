@@ -148,27 +148,33 @@ bench-types: setup
 	$(BIN)/pyfasa bench -m $(MODEL) -d 30000 -ctk all -ctv all -t $(THREADS) -n 16 -r 2 -o csv > docs/bench/decode-types.csv
 	$(BIN)/python docs/bench/tables.py
 
-# Answers, attention mass and KLD of every selector, about an hour on two cores; results that are there are kept.
+# Answers, attention mass and KLD of every selector: one and a half hours on two cores; results that are there are kept.
 SELECTION := build/selection
-ANSWERS   := --task needle --tokens 8000,16000 --questions 100 --budget 64,256,1024 -t $(THREADS)
-SIZES     := allocation:2,allocation:3,allocation:4,allocation:6,allocation:10,allocation:20,variance:3,variance:6,variance:10,variance:20
-PAPER     := agreement:3,agreement:6,agreement:10,agreement:20,greedy:3,greedy:6,greedy:10,greedy:20
-RIVALS    := quest:64,quest:26,quest:13,sparq:3,sparq:5,sparq:10,double-sparsity:8,double-sparsity:16,double-sparsity:36
+EVAL      := $(BIN)/pyfasa eval
+ANSWERS   := --task needle --questions 100 --budget 64,256,1024 -t $(THREADS)
+SIZES     := allocation:2,allocation:3,allocation:6,allocation:10,allocation:20,variance:3,variance:6,variance:10,variance:20
+PAPER     := agreement:6,agreement:10,agreement:20,greedy:6,greedy:10,greedy:20
+OTHERS    := allocation:4,agreement:3,greedy:3,random:20,lowfreq:10,lowfreq:20
+RIVALS    := quest:26,quest:13,sparq:5,double-sparsity:16,streaming
+MASS      := oracle,$(SIZES),allocation:4,agreement:3,$(PAPER),random:3,random:10,random:20,quest:64,quest:26,quest:13
+MASS      := $(MASS),sparq:3,sparq:5,sparq:10,double-sparsity:8,double-sparsity:16,double-sparsity:36
 
 selection: setup
 	mkdir -p $(SELECTION)
-	$(BIN)/pyfasa eval $(MODEL) $(ANSWERS) --results $(SELECTION)/ours.jsonl \
-		--setting dense,$(SIZES),$(PAPER),random:10,random:20,lowfreq:10,lowfreq:20
-	$(BIN)/pyfasa eval $(MODEL) $(ANSWERS) --results $(SELECTION)/rivals.jsonl --index-bytes 10,20 \
-		--setting dense,oracle,quest,sparq,double-sparsity,streaming,snapkv,h2o
-	$(BIN)/pyfasa eval $(MODEL) --task mass --tokens 8000,16000 --texts 3 --budget 64,256,1024 -t $(THREADS) \
-		--results $(SELECTION)/mass.jsonl \
-		--setting oracle,$(SIZES),$(PAPER),random:3,random:6,random:10,random:20,$(RIVALS)
-	$(BIN)/pyfasa eval $(MODEL) --task kld --tokens 8000 --texts 8 --budget 64,256,1024,2048 -t $(THREADS) \
+	$(EVAL) $(MODEL) $(ANSWERS) --tokens 8000,16000 --results $(SELECTION)/ours.jsonl \
+		--setting dense,$(SIZES),$(PAPER),random:10
+	$(EVAL) $(MODEL) $(ANSWERS) --tokens 8000 --results $(SELECTION)/ours.jsonl --setting $(OTHERS)
+	$(EVAL) $(MODEL) $(ANSWERS) --tokens 8000,16000 --results $(SELECTION)/rivals.jsonl --setting oracle,$(RIVALS)
+	$(EVAL) $(MODEL) $(ANSWERS) --tokens 8000 --results $(SELECTION)/rivals.jsonl \
+		--setting sparq:10,double-sparsity:36,snapkv,h2o
+	$(EVAL) $(MODEL) --task kld --tokens 8000 --texts 8 --budget 64,256,1024,2048 -t $(THREADS) \
 		--results $(SELECTION)/kld.jsonl --setting dense,oracle,allocation:6,allocation:10,allocation:20,quest:26,quest:13
 	$(BIN)/python docs/bench/outliers.py $(MODEL) $(SELECTION)/outliers.gguf
-	$(BIN)/pyfasa eval $(SELECTION)/outliers.gguf --task needle --tokens 8000 --questions 100 --budget 256,1024 -t $(THREADS) \
-		--results $(SELECTION)/outliers.jsonl --setting dense,oracle,allocation:6,allocation:10,allocation:20,variance:10,quest:26,quest:13
+	$(EVAL) $(SELECTION)/outliers.gguf --task needle --tokens 8000 --questions 100 --budget 256,1024 -t $(THREADS) \
+		--results $(SELECTION)/outliers.jsonl \
+		--setting dense,oracle,allocation:6,allocation:10,allocation:20,variance:10,quest:26,quest:13
+	$(EVAL) $(MODEL) --task mass --tokens 8000,16000 --texts 3 --budget 64,256,1024 -t $(THREADS) \
+		--results $(SELECTION)/mass.jsonl --setting $(MASS)
 	$(BIN)/python docs/bench/selection.py $(SELECTION)/*.jsonl
 	$(BIN)/python docs/bench/tables.py
 

@@ -38,7 +38,8 @@ def rows() -> list[Any]:
 def test_every_plot_that_there_is_data_for(tmp_path: Path) -> None:
     found = plots.save_all(rows(), tmp_path / "new")
     assert [path.name for path in found] == [
-        "needle-depth-64.png", "needle-depth-256.png", "accuracy-needle-2000.png", "kld-2000.png",
+        "needle-depth-64.png", "needle-depth-256.png", "accuracy-needle-2000.png",
+        "budget-needle-2000.png", "kld-2000.png",
     ]  # fmt: skip
     for path in found:
         width, height = size(path)
@@ -61,6 +62,18 @@ def test_lines_hold_the_figures_of_the_rows() -> None:
     assert lines["quest"] == [[8.0, 100.0], [16.0, 100.0]]
     left = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
     assert left["fasa"] == [[17.0, 0.0]]
+
+
+def test_accuracy_against_budget_holds_the_figures_of_the_rows() -> None:
+    from pyfasa.evaluation.results import summarize
+
+    more = [sparse("fasa", 256, 17.0, score=1.0, case="2000/0/0", depth=0.05)]
+    figure = plots.accuracy_against_budget(
+        [s for s in summarize(rows() + more) if s.task == "needle"]
+    )
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+    assert lines["fasa"] == [[64.0, 0.0], [256.0, 100.0]]
+    assert "dense" in lines
 
 
 def test_speed_against_depth(tmp_path: Path) -> None:

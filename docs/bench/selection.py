@@ -53,6 +53,22 @@ def plot(summaries: list[Summary]) -> None:
             own = [s for s in wanted if (s.task, s.n_tokens) == (task, n_tokens)]
             figure = plots.accuracy_against_bytes(own)
             figure.savefig(IMAGES / f"{task}-{n_tokens}.png", dpi=90, bbox_inches="tight")
+    names = (
+        "dense",
+        "oracle",
+        "allocation:6",
+        "allocation:10",
+        "allocation:20",
+        "quest:26",
+        "quest:13",
+        "sparq:5",
+        "double-sparsity:16",
+    )
+    own = [s for s in summaries if (s.task, s.n_tokens) == ("needle", 8000) and s.name in names]
+    if own:
+        plots.accuracy_against_budget(own).savefig(
+            IMAGES / "budget.png", dpi=90, bbox_inches="tight"
+        )
     texts = [s for s in summaries if s.task == "kld"]
     if texts:
         plots.kld_against_budget(texts).savefig(IMAGES / "kld.png", dpi=90, bbox_inches="tight")

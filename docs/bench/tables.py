@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/benchmarks.md from the CSV files in this folder.
 
-`make bench`, `make layouts` and `make selection` make the data and then call this script. A table stands between two comment lines,
+`make bench`, `make layouts` and `make selection` make the data and then call this script. A table stands between two
+comment lines,
 `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything between them is replaced.
 """
 
@@ -153,7 +154,7 @@ def curve_table(task: str, n_tokens: int) -> str:
     for method in METHODS:
         own = [r for r in rows if r["name"].split(":")[0] == method]
         cells = [
-            cell([r for r in own if abs(number(r["bytes_per_cell"]) / float(size) - 1) < 0.26])
+            cell([r for r in own if abs(number(r["bytes_per_cell"]) / float(size) - 1) < 0.2])
             for size in SIZES
         ]
         if any(cells):

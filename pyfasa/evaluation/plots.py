@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from pyfasa.plotting import COLOURS, GREY, HEAT, MARKERS, check, grid_figure, le
 from pyfasa.plotting import save as save_png
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DEPTHS = 10  # rows of a needle grid
@@ -45,6 +46,7 @@ def save_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
     <task>-depth-<b>.png      what was found at a budget, length x depth, a panel per setting
     accuracy-<task>-<n>.png   score against index bytes, a line per method, a panel per budget; with two sizes or more
+    budget-<task>-<n>.png     score against budget, a line per setting; with two budgets or more
     kld-<n>.png               mean KLD against budget, a line per setting
     """
     check()
@@ -69,11 +71,12 @@ def save_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
         name = f"{task}-{n_tokens}" if n_tokens else task
         if task == "kld":
             save(name, kld_against_budget(group))
-        elif (
-            task not in TEACHER_TASKS
-            and len({s.bytes_per_cell or 0 for s in group if s.name != "oracle"}) > 2
-        ):
+        if task in TEACHER_TASKS:
+            continue
+        if len({s.bytes_per_cell or 0 for s in group if s.name != "oracle"}) > 2:
             save(f"accuracy-{name}", accuracy_against_bytes(group))
+        if len({s.budget for s in group if s.budget is not None}) > 1:
+            save(f"budget-{name}", accuracy_against_budget(group))
     return found
 
 
@@ -144,19 +147,47 @@ def accuracy_against_bytes(summaries: Sequence[Summary]) -> Figure:
 
 def kld_against_budget(summaries: Sequence[Summary]) -> Figure:
     """Mean KLD to dense against budget, a line per setting, both logarithmic. summaries: of one length."""
-    figure, (axis,) = grid_figure(1, 1, width=7.4, height=4.2)
-    budgets = sorted({s.budget for s in summaries if s.budget is not None})
-    for name in dict.fromkeys(s.name for s in summaries if s.budget is not None):
-        line = [(s.budget, max(s.mean_kld, 1e-9)) for s in summaries if s.name == name]
-        axis.plot(*zip(*sorted(line), strict=True), label=name, **_style(name))
-    axis.set_xscale("log", base=2)
+    figure, axis = _against_budget(summaries, lambda s: max(s.mean_kld, 1e-9))
     axis.set_yscale("log")
-    axis.set_xticks(budgets, [f"{b:,}" for b in budgets])
     axis.minorticks_off()
-    axis.set_xlabel("budget [tokens per query head]")
     axis.set_ylabel("mean KLD to dense [nats]")
     legend(figure, [axis])
     return figure
+
+
+def accuracy_against_budget(summaries: Sequence[Summary]) -> Figure:
+    """Score against budget, a line per setting, dense as a level. summaries: of one task and length."""
+    figure, axis = _against_budget(summaries, lambda s: 100 * s.score)
+    for s in summaries:
+        if s.budget is None:
+            axis.axhline(100 * s.score, color=GREY, linewidth=1, linestyle="--", label="dense")
+    axis.minorticks_off()
+    axis.set_ylim(-3, 103)
+    axis.set_ylabel("score [%]")
+    legend(figure, [axis])
+    return figure
+
+
+def _against_budget(
+    summaries: Sequence[Summary], value: Callable[[Summary], float]
+) -> tuple[Figure, Axes]:
+    """Sizes of one method share its colour; the more bytes, the more solid the line."""
+    figure, (axis,) = grid_figure(1, 1, width=7.4, height=4.2)
+    sparse = [s for s in summaries if s.budget is not None]
+    budgets = sorted({s.budget for s in sparse if s.budget is not None})
+    for name in dict.fromkeys(s.name for s in sparse):
+        own = [s for s in sparse if s.name == name]
+        sizes = sorted({s.bytes_per_cell or 0.0 for s in sparse if _method(s) == _method(own[0])})
+        rank = len(sizes) - 1 - sizes.index(own[0].bytes_per_cell or 0.0)
+        style = _style(name) | (
+            {"linestyle": ("-", "--", ":")[min(rank, 2)]} if len(sizes) > 1 else {}
+        )
+        line = [(s.budget, value(s)) for s in own]
+        axis.plot(*zip(*sorted(line), strict=True), label=name, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(budgets, [f"{b:,}" for b in budgets])
+    axis.set_xlabel("budget [tokens per query head]")
+    return figure, axis
 
 
 def speed_against_depth(source: Sequence[Mapping[str, Any]] | str | Path) -> Figure:
