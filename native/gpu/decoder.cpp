@@ -21,7 +21,7 @@ bool is_view_op(const ggml_tensor * t) {
 // Upstream's experiment with several streams reorders nodes around attention: not to be cut into segments.
 bool upstream_reorders() {
     const char * value = std::getenv("GGML_CUDA_GRAPH_OPT");
-    return value != nullptr && std::atoi(value) == 1;
+    return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
 // Upstream refuses graphs with expert matrices in some shapes, because they wait for the device.
