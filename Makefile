@@ -18,7 +18,7 @@ endif
 # One architecture, and code that drivers compile for newer ones: all of them take minutes. Empty: all.
 CUDA_ARCH ?= -DCMAKE_CUDA_ARCHITECTURES=80
 
-NATIVE  := CMakeLists.txt $(wildcard native/*.* native/gpu/*.* native/cuda/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/tests/*.*)
+NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/tests/*.*)
 CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h \
 	native/fuzz/*.cpp native/fuzz/*.h native/gpu/*.cpp native/gpu/*.h native/cuda/*.cu native/cuda/*.cuh native/cuda/*.h \
 	native/cuda/tests/*.cpp native/cuda/tests/*.h)
