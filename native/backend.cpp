@@ -206,9 +206,9 @@ void check_device(ggml_backend_dev_t device) {
     if (!slots || std::strcmp(iface.get_name(device), ggml_backend_dev_name(device)) != 0 ||
         std::strcmp(iface.get_description(device), ggml_backend_dev_description(device)) != 0) {
         fail(FASA_STATUS_HOST,
-             "The device %s of this ggml %s build is laid out differently from the one pyfasa knows; "
+             "A device of this ggml %s build is laid out differently from the one pyfasa knows; "
              "decoding stays dense. Install the llama-cpp-python that pyfasa names.",
-             ggml_backend_dev_name(device), fasa_ggml_loaded());
+             fasa_ggml_loaded()); // its name would be asked of a slot that is not its own
     }
 }
 
