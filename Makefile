@@ -175,6 +175,7 @@ selection: setup
 		--setting dense,oracle,allocation:6,allocation:10,allocation:20,variance:10,quest:26,quest:13
 	$(EVAL) $(MODEL) --task mass --tokens 8000,16000 --texts 3 --budget 64,256,1024 -t $(THREADS) \
 		--results $(SELECTION)/mass.jsonl --setting $(MASS)
+	$(BIN)/pyfasa inspect $(MODEL) --plot docs/images/profile.png
 	$(BIN)/python docs/bench/selection.py $(SELECTION)/*.jsonl
 	$(BIN)/python docs/bench/tables.py
 
