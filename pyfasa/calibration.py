@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from pyfasa.identity import ModelIdentity
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.ranking import METHODS
-from pyfasa.samples import Sample, make_samples
+from pyfasa.samples import Sample, evaluate_sample, make_samples
 from pyfasa.tally import CHOICE, HELD_BACK, Tally, joined
 
 DEFAULT_BYTES = 0.16  # of an index entry, per dim of the head: docs/method.md tells why
@@ -334,12 +334,7 @@ def _add_sample(
     tally: Tally, llm: Llama, identity: ModelIdentity, sample: Sample
 ) -> Iterator[None]:
     """Evaluates a sample and adds it up; yields after the evaluation and after each layer."""
-    llm.n_tokens = 0  # the next eval removes the cells of the sample before
-    with llm.fasa.capturing() as session:
-        session.captured_clear()
-    for tokens, wanted in sample.runs:
-        with llm.fasa.capturing() if wanted else nullcontext():
-            llm.eval(tokens)
+    session = evaluate_sample(llm, sample)
     yield
     for layer in range(identity.n_layer):
         try:

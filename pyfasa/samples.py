@@ -8,7 +8,7 @@ from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import llama_cpp
 import numpy as np
@@ -17,6 +17,10 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pyfasa.documents import Document, make_document
 from pyfasa.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from pyfasa.llama import Llama
+    from pyfasa.native import Session
 
 DOCUMENTS = 2
 FACTS = 16
@@ -44,6 +48,17 @@ class Sample:
             if wanted
         ]
         return np.concatenate(seen)
+
+
+def evaluate_sample(llm: Llama, sample: Sample) -> Session:
+    """Evaluates a sample from its first token on, dense; the session has captured the queries of the wanted runs."""
+    llm.n_tokens = 0  # the next eval removes the cells of the sample before
+    with llm.fasa.capturing() as session:
+        session.captured_clear()
+    for tokens, wanted in sample.runs:
+        with llm.fasa.capturing() if wanted else llm.dense():
+            llm.eval(tokens)
+    return session
 
 
 def open_vocabulary(model_path: str | os.PathLike[str]) -> llama_cpp.Llama:

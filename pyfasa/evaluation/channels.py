@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def rank_channels(
     decorated.
     """
     from pyfasa.llama import Llama
-    from pyfasa.samples import make_samples
+    from pyfasa.samples import evaluate_sample, make_samples
 
     identity = ModelIdentity.read(Path(model_path))
     importance = np.zeros((identity.n_layer, identity.n_head_kv, identity.head_dim))
@@ -39,12 +39,7 @@ def rank_channels(
     )  # fmt: skip
     with closing(llm):
         for sample in samples:
-            llm.n_tokens = 0
-            with llm.fasa.capturing() as session:
-                session.captured_clear()
-            for tokens, wanted in sample.runs:
-                with llm.fasa.capturing() if wanted else nullcontext():
-                    llm.eval(tokens)
+            session = evaluate_sample(llm, sample)
             for layer in range(identity.n_layer):
                 try:
                     queries = session.captured(layer)

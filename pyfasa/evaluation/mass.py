@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pyfasa import reference
 from pyfasa.evaluation.settings import Setting
 from pyfasa.recall import Attention
-from pyfasa.samples import Sample
+from pyfasa.samples import Sample, evaluate_sample
 from pyfasa.tally import Entries
 
 if TYPE_CHECKING:
@@ -57,12 +57,7 @@ class Captured:
 
 def capture(llm: Llama, sample: Sample, n_layer: int) -> list[Captured]:
     """Evaluates a sample; every so many of its captured rows, ROWS in all."""
-    llm.n_tokens = 0
-    with llm.fasa.capturing() as session:
-        session.captured_clear()
-    for tokens, wanted in sample.runs:
-        with llm.fasa.capturing() if wanted else llm.dense():
-            llm.eval(tokens)
+    session = evaluate_sample(llm, sample)
     visible = sample.visible()
     rows = np.arange(len(visible))[:: max(1, len(visible) // ROWS)]
     found = []
