@@ -10,10 +10,6 @@ namespace fasa {
 
 namespace {
 
-// Step of a uniform quantizer with 4 levels for Gaussian values, in units of their standard deviation; it minimizes
-// the mean square error (Max 1960). With 2 levels it does not matter.
-constexpr float kGaussStep2 = 0.9957f;
-
 struct Codes {
     uint8_t step; // of step_code
     uint8_t u[kMaxSlots];
@@ -36,9 +32,7 @@ void quantize_finely(const float * x, int32_t n, int32_t bits, Codes * out) {
     for (int32_t i = 0; i < n; ++i) {
         peak = std::max(peak, std::fabs(x[i]));
     }
-    const float step = peak / (0.5f * static_cast<float>((1 << bits) - 1));
-    out->step        = step_code(step);
-    out->step        = static_cast<uint8_t>(out->step + (step_value(out->step) < step && out->step < 255 ? 1 : 0));
+    out->step = step_code(peak / (0.5f * static_cast<float>((1 << bits) - 1)), true);
     round_codes(x, n, bits, step_value(out->step), out->u);
 }
 

@@ -14,6 +14,8 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
+from pyfasa.profile import entry_bytes
+
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 Shape = tuple[int, int, int]  # eighths of the head's chunks with 4, 2 and 1 bits
@@ -42,13 +44,8 @@ def bits_of(shape: Shape, n_chunk: int) -> U8:
 
 
 def bytes_of(bits: npt.NDArray[np.integer]) -> int:
-    """Bytes of an index entry whose chunks have these bits; as Profile.bytes_per_cell counts them."""
-    size = 0
-    for width in (8, 4, 2, 1):
-        count = int(np.count_nonzero(bits == width))
-        unit = 4 if width == 1 else 2  # chunks, to which a segment is padded
-        size += 1 + -(-count // unit) * unit * 2 * width // 8 if count else 0
-    return size
+    """Bytes of an index entry whose chunks have these bits (n_chunk,)."""
+    return int(entry_bytes(bits))
 
 
 def hull(sizes: Sequence[int], gains: Sequence[float]) -> list[int]:

@@ -26,7 +26,7 @@ from pyfasa.identity import ModelIdentity
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.ranking import METHODS
-from pyfasa.samples import Sample, evaluate_sample, make_samples
+from pyfasa.samples import Sample, captured_layer, evaluate_sample, make_samples
 from pyfasa.tally import CHOICE, HELD_BACK, Tally, joined
 
 DEFAULT_BYTES = 0.16  # of an index entry, per dim of the head: docs/method.md tells why
@@ -241,7 +241,6 @@ def _run(
         TextColumn("{task.completed}/{task.total} steps"),
         TimeElapsedColumn(),
     )
-    n_query = 0
     room = max(sample.n_tokens for sample in samples)
     with (
         closing(
@@ -255,7 +254,7 @@ def _run(
         for sample in samples:
             for _ in _add_sample(tally, llm, identity, sample):
                 bar.advance(task)
-            n_query += sum(len(tokens) for tokens, wanted in sample.runs if wanted)
+    n_query = sum(len(sample.visible()) for sample in samples)
     return replace(tally, data=_digest(samples), n_query=n_query)
 
 
@@ -337,13 +336,9 @@ def _add_sample(
     session = evaluate_sample(llm, sample)
     yield
     for layer in range(identity.n_layer):
-        try:
-            queries = session.captured(layer)
-        except RuntimeError:  # a layer without a replaceable attention node
-            yield
-            continue
-        keys = session.keys(layer, 0, sample.n_tokens)
-        tally.add_layer(identity, layer, queries, keys, sample.visible())
+        found = captured_layer(session, layer, sample.n_tokens)
+        if found is not None:
+            tally.add_layer(identity, layer, *found, sample.visible())
         yield
 
 

@@ -56,6 +56,16 @@ _OPTIONAL = {*_CHANNELS, *_REPORTS}
 _WHOLE = {"n_fc": 2**16 - 1, "n_ctx": 2**32 - 1, "n_queries": 2**63 - 1, "seed": 2**64 - 1}
 
 
+def entry_bytes(bits: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Bytes of index entries whose chunks have these bits: [.., n_chunk] -> [..]; see ``Profile.bytes_per_cell``."""
+    total = np.zeros(bits.shape[:-1], np.int64)
+    for width in BITS:
+        count = (bits == width).sum(axis=-1, dtype=np.int64)
+        padded = count + -count % (4 if width == 1 else 2)
+        total += np.where(count > 0, 1 + padded * 2 * width // 8, 0)
+    return total
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """Calibrated chunks of one model. Immutable and always valid; equal when all keys are equal.
@@ -146,12 +156,7 @@ class Profile:
         """
         n_fc = self.n_fc if n_fc is None else n_fc
         used = self.with_n_fc(n_fc).bits[:, :, :n_fc]
-        total = np.zeros(used.shape[:2], np.int64)
-        for bits in BITS:
-            count = (used == bits).sum(axis=2, dtype=np.int64)
-            padded = count + -count % (4 if bits == 1 else 2)
-            total += np.where(count > 0, 1 + padded * 2 * bits // 8, 0)
-        return total
+        return entry_bytes(used)
 
     def check_model(self, model: ModelIdentity) -> None:
         """Raises ProfileError naming both models when the profile is not for `model`.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pyfasa.llama import Llama
     from pyfasa.native import Session
 
+F32 = npt.NDArray[np.float32]
+
 DOCUMENTS = 2
 FACTS = 16
 QUERIES_OF_TEXT = 128  # the last tokens of a text ask
@@ -59,6 +61,15 @@ def evaluate_sample(llm: Llama, sample: Sample) -> Session:
         with llm.fasa.capturing() if wanted else llm.dense():
             llm.eval(tokens)
     return session
+
+
+def captured_layer(session: Session, layer: int, n_tokens: int) -> tuple[F32, F32] | None:
+    """Queries (n_row, n_head, head_dim) and keys (n_tokens, n_head_kv, head_dim); None for a layer that stays dense."""
+    try:
+        queries = session.captured(layer)
+    except RuntimeError:  # a layer without a replaceable attention node
+        return None
+    return queries, session.keys(layer, 0, n_tokens)
 
 
 def open_vocabulary(model_path: str | os.PathLike[str]) -> llama_cpp.Llama:

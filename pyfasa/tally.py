@@ -29,10 +29,7 @@ U8 = npt.NDArray[np.uint8]
 
 SHARES = (1 / 64, 1 / 16)  # of the context: budgets for which the attention mass is measured
 ROWS = 160  # per sample and KV head, of all its query heads, on which candidates are measured
-CHOICE, HELD_BACK = (
-    0,
-    1,
-)  # parts of the rows: to choose between candidates, and to report on the choice
+CHOICE, HELD_BACK = 0, 1  # parts of the rows: to choose between candidates, to report on the choice
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ namespace fasa::gpu {
 
 namespace {
 
-constexpr int   kWarp       = 32;
-constexpr int   kWarps      = 4;       // per thread block, one cell or query each
-constexpr float kGaussStep2 = 0.9957f; // as in layout.cpp
+constexpr int kWarp  = 32;
+constexpr int kWarps = 4; // per thread block, one cell or query each
 
 // The nearest step of a byte, or the least that is not below (step_code and quantize_finely of layout.cpp).
 __device__ uint32_t step_code(float step, bool up) {

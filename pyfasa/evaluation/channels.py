@@ -26,7 +26,7 @@ def rank_channels(
     decorated.
     """
     from pyfasa.llama import Llama
-    from pyfasa.samples import evaluate_sample, make_samples
+    from pyfasa.samples import captured_layer, evaluate_sample, make_samples
 
     identity = ModelIdentity.read(Path(model_path))
     importance = np.zeros((identity.n_layer, identity.n_head_kv, identity.head_dim))
@@ -41,11 +41,10 @@ def rank_channels(
         for sample in samples:
             session = evaluate_sample(llm, sample)
             for layer in range(identity.n_layer):
-                try:
-                    queries = session.captured(layer)
-                except RuntimeError:  # a layer without a replaceable attention node
+                found = captured_layer(session, layer, sample.n_tokens)
+                if found is None:
                     continue
-                keys = np.abs(session.keys(layer, 0, sample.n_tokens)).mean(axis=0)
+                queries, keys = found[0], np.abs(found[1]).mean(axis=0)
                 n_head_kv, head_dim = keys.shape
                 size = np.abs(queries).mean(axis=0).reshape(n_head_kv, -1, head_dim).mean(axis=1)
                 importance[layer, :n_head_kv] += size * keys

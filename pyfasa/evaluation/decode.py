@@ -19,6 +19,7 @@ from pyfasa.evaluation.settings import Setting
 from pyfasa.evaluation.tasks import Case
 from pyfasa.identity import ModelIdentity
 from pyfasa.profile import Profile
+from pyfasa.samples import captured_layer
 
 if TYPE_CHECKING:
     from pyfasa.handle import Fasa
@@ -58,7 +59,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def read(llm: Llama, tokens: Sequence[int], start: int) -> None:
     """Evaluates tokens after the first `start` cells, dense, and drops what was behind them."""
     llm.n_tokens = start
-    with llm.dense(), llm.fasa.prefilling():
+    with llm.dense():
         llm.eval(tokens)
 
 
@@ -70,11 +71,8 @@ def read_observed(llm: Llama, tokens: Sequence[int], start: int) -> Observed:
         llm.eval(tokens)
     found: Observed = {}
     for layer in range(n_layer(llm)):
-        try:
-            queries = session.captured(layer)
-        except RuntimeError:  # a layer that stays dense
-            continue
-        found[layer] = queries, session.keys(layer, 0, llm.n_tokens)
+        if (own := captured_layer(session, layer, llm.n_tokens)) is not None:
+            found[layer] = own
     session.captured_clear()
     return found
 

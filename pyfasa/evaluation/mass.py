@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pyfasa import reference
 from pyfasa.evaluation.settings import Setting
 from pyfasa.recall import Attention
-from pyfasa.samples import Sample, evaluate_sample
+from pyfasa.samples import Sample, captured_layer, evaluate_sample
 from pyfasa.tally import Entries
 
 if TYPE_CHECKING:
@@ -60,14 +60,10 @@ def capture(llm: Llama, sample: Sample, n_layer: int) -> list[Captured]:
     session = evaluate_sample(llm, sample)
     visible = sample.visible()
     rows = np.arange(len(visible))[:: max(1, len(visible) // ROWS)]
-    found = []
-    for layer in range(n_layer):
-        try:
-            queries = session.captured(layer)[rows]
-        except RuntimeError:  # a layer that stays dense
-            continue
-        keys = session.keys(layer, 0, sample.n_tokens)
-        found.append(Captured(layer, queries, keys, visible[rows]))
+    layers = ((i, captured_layer(session, i, sample.n_tokens)) for i in range(n_layer))
+    found = [
+        Captured(i, own[0][rows], own[1], visible[rows]) for i, own in layers if own is not None
+    ]
     session.captured_clear()
     return found
 

@@ -154,10 +154,9 @@ def resolve(
             sizes = index_bytes or INDEX_BYTES
         for one in sizes:
             setting = maker.make(method, one, given=size is not None)
-            for budget in budgets if setting is not None else ():
-                assert setting is not None
-                placed = replace(setting, budget=budget)
-                found[placed.label] = placed
+            if setting is not None:
+                at_budgets = [replace(setting, budget=budget) for budget in budgets]
+                found |= {placed.label: placed for placed in at_budgets}
     dense = [Setting("dense")] if "dense" in names else []
     return [*dense, *found.values()]
 
