@@ -1,6 +1,6 @@
 // Times each stage of a decode step and prints CSV: bytes it must move, the time they take at a given bandwidth, its
 // time.
-//   fasa_cuda_bench [TB/s]
+//   fasa_cuda_bench [TB/s [depth]]
 // Layers take turns, so that no stage finds its input in the L2 cache; one graph launch holds all repetitions.
 #include <algorithm>
 #include <chrono>
@@ -50,11 +50,12 @@ double median_us(const std::vector<std::unique_ptr<Stage>> & layers, const std::
 
 int main(int argc, char ** argv) {
     const double tera = argc > 1 ? std::atof(argv[1]) : 3.0;
+    const int64_t only = argc > 2 ? std::atoll(argv[2]) : 0;
     std::printf("type,n_depth,bits,budget,stage,bytes,floor_us,time_us,ratio\n");
     for (const ggml_type type : {GGML_TYPE_Q8_0, GGML_TYPE_F16}) {
         for (const int64_t depth : {4096, 32768, 131072}) {
             for (const int32_t bits : {4, 2}) {
-                if (type == GGML_TYPE_F16 && bits == 2) {
+                if ((type == GGML_TYPE_F16 && bits == 2) || (only != 0 && depth != only)) {
                     continue;
                 }
                 std::mt19937 rng(1);
