@@ -2,6 +2,8 @@
 // entries of its new cells, codes of its queries.
 #include <cfloat>
 
+#include <math_constants.h>
+
 #include "kernels.cuh"
 #include "rows.cuh"
 
@@ -36,26 +38,70 @@ __device__ float warp_max(float x) {
     return x;
 }
 
-// In place on one warp's row in shared memory; the butterflies of hadamard.h in the same order.
-__device__ void undo_rotation(float * x, int dim, int block, int lane) {
-    if (block == 0) {
-        return;
-    }
-    const int n = dim / block * block;
-    for (int half = 1; half < block; half *= 2) {
-        for (int i = lane; i < n / 2; i += kWarp) {
-            const int   at = (i & -half) * 2 + (i & (half - 1)); // half is a power of two
-            const float a = x[at], b = x[at + half];
-            x[at]        = a + b;
-            x[at + half] = a - b;
+// A row of up to 32 * OWN numbers in a warp's registers: number 32 i + lane is x[i]. The butterflies of hadamard.h; which of
+// them come first in a stage does not matter.
+template <int OWN> struct WarpRow {
+    float x[OWN];
+
+    __device__ void undo_rotation(int dim, int block, int lane) {
+        const int n = dim / block * block;
+#pragma unroll
+        for (int half = 1; half < kWarp; half *= 2) {
+            if (half < block) {
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    const float other = __shfl_xor_sync(~0u, x[i], half);
+                    const float sum   = (lane & half) != 0 ? other - x[i] : x[i] + other;
+                    x[i]              = i * kWarp + lane < n ? sum : x[i];
+                }
+            }
         }
-        __syncwarp();
+#pragma unroll
+        for (int half = 1; half < OWN; half *= 2) {
+            if (half * kWarp < block) {
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    if ((i & half) == 0 && i * kWarp < n) {
+                        const float a = x[i], b = x[i + half];
+                        x[i]        = a + b;
+                        x[i + half] = a - b;
+                    }
+                }
+            }
+        }
+        const float norm = 1.0f / sqrtf(static_cast<float>(block));
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            x[i] = i * kWarp + lane < n ? x[i] * norm : x[i];
+        }
     }
-    const float norm = 1.0f / sqrtf(static_cast<float>(block));
-    for (int i = lane; i < n; i += kWarp) {
-        x[i] *= norm;
+};
+
+template <int OWN> __device__ void copy_without_rotation(const float * from, float * to, int dim, int block, int lane) {
+    WarpRow<OWN> row;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        row.x[i] = i * kWarp + lane < dim ? from[i * kWarp + lane] : 0.0f;
+    }
+    if (block != 0) {
+        row.undo_rotation(dim, block, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        if (i * kWarp + lane < dim) {
+            to[i * kWarp + lane] = row.x[i];
+        }
     }
     __syncwarp();
+}
+
+// One row by one warp, into shared memory; both may be the same.
+__device__ void undo_rotation(const float * from, float * to, int dim, int block, int lane) {
+    if (dim <= FASA_MAX_HEAD_DIM / 2) {
+        copy_without_rotation<FASA_MAX_HEAD_DIM / 2 / kWarp>(from, to, dim, block, lane);
+    } else {
+        copy_without_rotation<FASA_MAX_HEAD_DIM / kWarp>(from, to, dim, block, lane);
+    }
 }
 
 __device__ void read_key(const Rows & k, const uint8_t * row, int rotation, float * key, int lane) {
@@ -63,7 +109,9 @@ __device__ void read_key(const Rows & k, const uint8_t * row, int rotation, floa
         load_lane(k.type, row, i, key + i * kLaneDims);
     }
     __syncwarp();
-    undo_rotation(key, k.dim, rotation, lane);
+    if (rotation != 0) {
+        undo_rotation(key, key, k.dim, rotation, lane);
+    }
 }
 
 // Neighbours of the cell share its words and may be written by other warps at the same time.
@@ -172,12 +220,10 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
     const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
                                                            head * node.q_head + stream * node.q_stream);
     const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
-    for (int i = lane; i < node.k.dim; i += kWarp) {
-        q[i] = source[i];
-    }
-    __syncwarp();
-    undo_rotation(q, node.k.dim, node.index.rotation, lane);
+    const float filter = node.filters[query];
+    undo_rotation(source, q, node.k.dim, node.index.rotation, lane);
 
+    float    square = 0.0f;
     int8_t * codes = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
     float *  level = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
     for (int s = 0; s < l.n_segment; ++s) {
@@ -185,7 +231,9 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
         float         peak = 0.0f;
         for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
             const int d = l.dims[seg.slot + i];
-            peak        = fmaxf(peak, d >= 0 ? fabsf(q[d] * l.scale[seg.slot + i]) : 0.0f);
+            const float x = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
+            peak          = fmaxf(peak, fabsf(x));
+            square += x * x;
         }
         peak              = warp_max(peak);
         const float top   = 127.0f; // no 16-bit sums here: all widths may use the whole range
@@ -204,23 +252,42 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
             level[2 * s + 1] = peak / top * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
         }
     }
+    const float norm = sqrtf(warp_sum(square));
+    if (lane == 0) {
+        node.scratch.norms[query]      = norm;
+        node.scratch.thresholds[query] = filter < kNoFilter && norm > 0.0f ? filter * norm : CUDART_INF_F;
+    }
 }
 
-// The first or last cells that a row sees, in the order of cells: 32 at a time until there are enough. Returns how many
-// cells from that end they span.
+// The first or last n cells that a row sees, in the order of cells: how many cells from that end they span. 256 cells at
+// a time: the end of a context is mostly hidden.
 __device__ int span_of(const uint16_t * mask, int n_kv, int n, bool from_end, int lane) {
-    int base = 0;
-    for (; base < n_kv && n > 0; base += kWarp) {
-        const int      i   = base + lane;
-        const bool     see = i < n_kv && mask[from_end ? n_kv - 1 - i : i] != 0xfc00;
-        const uint32_t all = __ballot_sync(~0u, see);
-        if (__popc(all) >= n) {
-            const bool last = see && __popc(all & ((2u << lane) - 1)) == n;
-            return base + __ffs(__ballot_sync(~0u, last));
+    constexpr int kOwn = 8;
+    for (int base = 0; base < n_kv && n > 0; base += kOwn * kWarp) {
+        uint32_t seen = 0;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+            const int i = base + lane * kOwn + j;
+            seen |= i < n_kv && mask[from_end ? n_kv - 1 - i : i] != 0xfc00 ? 1u << j : 0u;
         }
-        n -= __popc(all);
+        const int own       = __popc(seen);
+        int       including = own;
+#pragma unroll
+        for (int i = 1; i < kWarp; i *= 2) {
+            const int y = __shfl_up_sync(~0u, including, i);
+            including += lane >= i ? y : 0;
+        }
+        const uint32_t enough = __ballot_sync(~0u, including >= n);
+        if (enough != 0) {
+            const int at = __ffs(enough) - 1; // the lane that has the n-th
+            for (int before = including - own; before < n - 1; ++before) {
+                seen &= seen - 1; // of use in that lane only, where it leaves the n-th as the lowest bit
+            }
+            return base + at * kOwn + __shfl_sync(~0u, __ffs(seen), at);
+        }
+        n -= __shfl_sync(~0u, including, kWarp - 1);
     }
-    return n > 0 ? n_kv : base;
+    return n > 0 ? n_kv : 0;
 }
 
 __device__ void prepare_row(const Node & node, int row, int lane) {

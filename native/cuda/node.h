@@ -10,6 +10,7 @@ namespace fasa::gpu {
 constexpr int32_t kMaxSlots = 272;             // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
 constexpr int32_t kSegments = 4;               // 8, 4, 2 and 1 bits
 constexpr int32_t kPeak     = 8;               // consecutive cells that share a peak (the CPU's peaks are strided)
+constexpr float   kNoFilter = 3.402823466e38f;
 constexpr float   kForced   = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
 
 struct Segment {
@@ -52,6 +53,8 @@ struct Window {
 struct Scratch {
     int8_t *  codes;      // [kMaxSlots, n_query]
     float *   levels;     // [2, kSegments, n_query]: step, bias
+    float *   norms;      // [n_query]: of the query's kept dims, the unit of filters
+    float *   thresholds; // [n_query]: filter in this unit; +inf: none
     float *   scores;     // [64 * n_block, n_query]
     float *   peaks;      // [8 * n_block, n_query]
     int32_t * n_visible;  // [n_rows * n_stream]
@@ -60,7 +63,9 @@ struct Scratch {
     int32_t * n_selected; // [n_query]
     float *   parts;      // [2 + v_dim, n_split, n_query]
     int32_t * arrived;    // [n_query], zero between nodes
-    int64_t * totals;     // [2]: cells visible and attended, summed over nodes until read
+    uint32_t * marks;     // [2 * n_block, n_query]: a bit for every cell that reached its query's threshold
+    int64_t * totals;     // [4], until read: cells visible and attended; differences that rebuild found; queries
+                          // that were selected from marked cells
 };
 
 struct Node {
@@ -81,6 +86,7 @@ struct Node {
 
     int32_t budget, min_ctx, n_first, n_last; // first and last visible cells, in cell order
     int32_t max_selected, n_split;
+    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in norms
     Scratch scratch;
 };
 

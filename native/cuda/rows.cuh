@@ -27,6 +27,12 @@ __device__ inline void load_codes(const uint8_t * p, uint32_t out[4]) {
     out[3]              = w3 >> shift | (shift != 0 ? w4 << 16 : 0u);
 }
 
+// Byte i of a word as a float, less `bias`: the byte in the mantissa of 2^23, which is several times as fast as a
+// conversion.
+__device__ inline float byte_at(uint32_t word, int i, float bias) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u + static_cast<uint32_t>(i))) - (8388608.0f + bias);
+}
+
 struct RowF16 {
     static constexpr int   kAtOnce = 4; // rows whose loads are under way together
     static __device__ void load(const uint8_t * row, int lane, float out[kLaneDims]) {
@@ -69,8 +75,8 @@ struct RowQ80 {
         load_codes(block + 2 + lane % 2 * 16, codes);
         const float step = half_at(block);
 #pragma unroll
-        for (int i = 0; i < kLaneDims; ++i) {
-            out[i] = step * static_cast<float>(static_cast<int8_t>(codes[i / 4] >> (8 * (i % 4))));
+        for (int i = 0; i < kLaneDims; ++i) { // signed bytes; with the top bit turned over, 0 to 255
+            out[i] = step * byte_at(codes[i / 4] ^ 0x80808080u, i % 4, 128.0f);
         }
     }
 };
@@ -85,8 +91,7 @@ struct RowQ40 {
         const int   shift = lane % 2 * 4; // the second half of a block is in the high nibbles
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) {
-            const int32_t code = codes[i / 4] >> (8 * (i % 4) + shift) & 15;
-            out[i]             = step * static_cast<float>(code - 8);
+            out[i] = step * byte_at(codes[i / 4] >> shift & 0x0f0f0f0fu, i % 4, 8.0f);
         }
     }
 };

@@ -152,15 +152,28 @@ __device__ uint32_t visible_bits(const uint8_t * mask, int64_t first, int n_kv) 
     return bits;
 }
 
+// A bit for each of 32 cells that reach the threshold, from the four lanes that share them.
+__device__ uint32_t marks_of(const float x[kCells], float threshold) {
+    uint32_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+        own |= x[i] >= threshold ? 1u << (i < 4 ? i : 12 + i) : 0u;
+    }
+    own <<= threadIdx.x % 4 * 4;
+    own |= __shfl_xor_sync(~0u, own, 1);
+    return own | __shfl_xor_sync(~0u, own, 2);
+}
+
 // All lanes come here, for the shuffle; those past the last block store nothing.
 __device__ void store(const Node & node, int query, int64_t first, uint32_t visible, const Window & window,
-                      const float scores[kCells], bool inside) {
+                      const float scores[kCells], bool inside, float threshold) {
     const int64_t stride = n_blocks(node.n_kv) * FASA_BLOCK_CELLS;
     float *       out    = node.scratch.scores + query * stride + first;
     float *       peaks  = node.scratch.peaks + query * (stride / kPeak) + first / kPeak;
+    float         all[kCells];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float x[4];
+        float * x = all + 4 * half;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             // NaN would be neither above nor below any threshold; FLT_MAX is the score of forced cells.
@@ -179,6 +192,10 @@ __device__ void store(const Node & node, int query, int64_t first, uint32_t visi
             peaks[2 * half] = peak;
         }
     }
+    const uint32_t marks = marks_of(all, threshold);
+    if (inside && threadIdx.x % 4 == 0) {
+        node.scratch.marks[(query * stride + first) / 32] = marks;
+    }
 }
 
 constexpr int kPasses = 8; // whose codes are in shared memory at once
@@ -187,7 +204,7 @@ constexpr int kPasses = 8; // whose codes are in shared memory at once
 // index comes from memory once. Grid: x strides over the blocks of cells, 16 at a time; KV head; stream.
 template <int N> __global__ void __launch_bounds__(kThreads, 4) score_kernel(const Node node, int passes) {
     extern __shared__ int32_t codes[]; // [N, n_slot / 4, pass]
-    __shared__ float          levels[kPasses][N * 2 * kSegments];
+    __shared__ float          levels[kPasses][N * 2 * kSegments], thresholds[kPasses][N];
 
     const int          head_kv = blockIdx.y, stream = blockIdx.z;
     const HeadLayout & l     = node.index.heads[head_kv];
@@ -211,6 +228,10 @@ template <int N> __global__ void __launch_bounds__(kThreads, 4) score_kernel(con
                 used ? reinterpret_cast<const int32_t *>(
                            node.scratch.codes + static_cast<int64_t>(first_query(p0 + p) + h) * kMaxSlots)[quad]
                      : 0;
+        }
+        for (int i = threadIdx.x; i < size * N; i += kThreads) {
+            const bool used          = (p0 + i / N) % per_row * N + i % N < group;
+            thresholds[i / N][i % N] = used ? node.scratch.thresholds[first_query(p0 + i / N) + i % N] : CUDART_INF_F;
         }
         for (int i = threadIdx.x; i < size * N * 2 * kSegments; i += kThreads) {
             const int  p = i / (N * 2 * kSegments), at_level = i % (N * 2 * kSegments), h = at_level / (2 * kSegments);
@@ -240,7 +261,8 @@ template <int N> __global__ void __launch_bounds__(kThreads, 4) score_kernel(con
 #pragma unroll
                 for (int h = 0; h < N; ++h) {
                     if (h0 + h < group) {
-                        store(node, first_query(p0 + p) + h, first, visible, window, scores[h], inside);
+                        store(node, first_query(p0 + p) + h, first, visible, window, scores[h], inside,
+                              thresholds[p][h]);
                     }
                 }
             }

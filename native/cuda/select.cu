@@ -3,8 +3,13 @@
 //   candidates cells that reach the floor, in cell order, in shared memory when they fit
 //   threshold  the budget-th largest candidate; cells above it are selected, and of those equal to it the first ones
 // The result depends on the scores only, not on the order in which threads run.
+//
+// Most tokens take a shorter way to their candidates. Queries of following tokens score much alike, so select leaves a
+// filter for the next token, which about twice the budget of cells should reach; score marks those that do, and the best
+// of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
 #include <cfloat>
 #include <climits>
+#include <cstdio>
 
 #include <math_constants.h>
 
@@ -15,6 +20,12 @@ namespace fasa::gpu {
 
 namespace {
 
+#ifdef FASA_STAMPS
+__device__ long long stamps[16];
+#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 3) stamps[i] = clock64()
+#else
+#define STAMP(i)
+#endif
 constexpr int kBins   = 2048;
 constexpr int kList   = 1024; // values of the last bin that are ranked one against another
 constexpr int kHeld   = 6144; // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
@@ -32,7 +43,7 @@ struct alignas(16) Shared {
     };
     int32_t cells[kHeld];
     int32_t bin, above, count, total;
-    float   result;
+    float   result, floor;
 };
 
 // ---- values to choose from: consecutive ones per thread, so that a sum over threads gives their order
@@ -276,7 +287,8 @@ __device__ int write_from_memory(Shared & sh, Block & block, const float * value
 }
 
 // Candidates in registers, when there are few per thread.
-template <int N> __device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out) {
+template <int N>
+__device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
 #pragma unroll
@@ -284,7 +296,13 @@ template <int N> __device__ int finish(Shared & sh, Block & block, int n, int bu
         own.x[i] = first + i < n ? sh.values[first + i] : -CUDART_INF_F;
     }
     const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
+    *threshold    = t;
     return write_cells(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
+}
+
+__device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
+    return n <= 3 * kThreads ? finish<3>(sh, block, n, budget, floor, out, threshold)
+                             : finish<kHeld / kThreads>(sh, block, n, budget, floor, out, threshold);
 }
 
 // From the peaks on: floor, candidates, threshold. `first`: the thread's first peak.
@@ -292,13 +310,14 @@ template <typename Values>
 __device__ int select_from(Shared & sh, Block & block, const Values & peaks, int first, int n_peak,
                            const float * scores, int budget, int32_t * out) {
     const float floor   = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
+    if (threadIdx.x == 0) {
+        sh.floor = floor;
+    }
     const int   n_group = list_groups(sh, block, peaks, first, floor);
     const int   n       = n_group <= kHeld ? gather(sh, block, scores, n_group, floor) : INT_MAX;
-    if (n <= 3 * kThreads) {
-        return finish<3>(sh, block, n, budget, floor, out);
-    }
     if (n <= kHeld) {
-        return finish<kHeld / kThreads>(sh, block, n, budget, floor, out);
+        float t;
+        return finish(sh, block, n, budget, floor, out, &t);
     }
     const float t = kth_largest(sh, block, part_of(scores, n_peak * kPeak), budget);
     return write_from_memory(sh, block, scores, nullptr, n_peak * kPeak, t, budget, out);
@@ -319,6 +338,47 @@ __device__ int select_in_registers(Shared & sh, Block & block, const float * pea
     return select_from(sh, block, own, first, n_peak, scores, budget, out);
 }
 
+// ---- from marked cells
+// ------------------------------------------------------------------------------------------------
+
+// Marked cells in order into sh.cells and their scores into sh.values; their number, which is above kHeld when they do not
+// fit.
+__device__ int gather_marked(Shared & sh, Block & block, const uint32_t * marks, const float * scores, int n_cell) {
+    const int words = n_cell / 32; // a multiple of two
+    const int share = ((words + kThreads - 1) / kThreads + 1) / 2 * 2, first = static_cast<int>(threadIdx.x) * share;
+    const int end = min(first + share, words);
+    int       own = 0;
+    uint2     held = {0, 0}; // the first words: all there are in a context of up to 65,536 cells
+    for (int i = first; i < end; i += 2) {
+        const uint2 w = *reinterpret_cast<const uint2 *>(marks + i);
+        held          = i == first ? w : held;
+        own += __popc(w.x) + __popc(w.y);
+    }
+    int total;
+    int at = block.exclusive_sum(own, &total);
+    if (total <= kHeld) {
+        for (int i = first; i < end; i += 2) {
+            const uint2 w = i == first ? held : *reinterpret_cast<const uint2 *>(marks + i);
+            for (uint64_t bits = static_cast<uint64_t>(w.y) << 32 | w.x; bits != 0; bits &= bits - 1) {
+                sh.cells[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < total; i += kThreads) {
+            sh.values[i] = scores[sh.cells[i]];
+        }
+    }
+    __syncthreads();
+    return total;
+}
+
+// What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls about
+// exponentially along the tail.
+__device__ float next_filter(float filter, float t, int n, int budget, float norm) {
+    const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
+    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * norm);
+}
+
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     extern __shared__ __align__(16) uint8_t raw[];
     Shared &                                sh    = *reinterpret_cast<Shared *>(raw);
@@ -328,12 +388,31 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
     int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
     Block         block(sh.exchange);
+    STAMP(0);
     const int     n_visible = node.scratch.n_visible[query / node.n_head];
-    int           n;
+    const float   norm      = node.scratch.norms[query];
+    const float   passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
+    int           n         = -1;
+    float         filter    = kNoFilter;
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
-    } else {
+    } else if (passed < kNoFilter) {
+        const uint32_t * marks    = node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32);
+        const int        n_marked = gather_marked(sh, block, marks, scores, n_cell);
+        STAMP(1);
+        if (n_marked >= node.budget && n_marked <= kHeld) {
+            float t;
+            n      = finish(sh, block, n_marked, node.budget, passed, out, &t);
+            STAMP(2);
+            filter = t < kForced ? next_filter(passed, t, n_marked, node.budget, norm) / norm : kNoFilter;
+            if (threadIdx.x == 0) {
+                atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
+            }
+        }
+    }
+    if (n < 0) {
+        __syncthreads();
         if (n_peak <= 4 * kThreads) {
             n = select_in_registers<4>(sh, block, peaks, n_peak, scores, node.budget, out);
         } else if (n_peak <= kPerRun * kThreads) {
@@ -342,8 +421,18 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
             const InMemory own = part_of(peaks, n_peak);
             n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
         }
+        // About the budget of peaks reached the floor, and more cells.
+        filter = sh.floor > -FLT_MAX && sh.floor < kForced && norm > 0.0f ? sh.floor / norm : kNoFilter;
     }
+    STAMP(6);
+#ifdef FASA_STAMPS
+    if (threadIdx.x == 0 && blockIdx.x == 3) {
+        const auto d = [](int i) { return static_cast<int>(stamps[i] - stamps[i - 1]); };
+        printf("select: threshold %g next %g; gather %d finish %d; all %lld\n", passed, filter * norm, d(1), d(2), stamps[6] - stamps[0]);
+    }
+#endif
     if (threadIdx.x == 0) {
+        node.filters[query]            = filter;
         node.scratch.n_selected[query] = n;
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),
                   static_cast<unsigned long long>(n_visible));

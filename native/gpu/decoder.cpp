@@ -266,7 +266,7 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     for (const Cells & c : out->cells) {
         n_cells = std::max(n_cells, c.at + ggml_nelements(c.tensor));
     }
-    bool moved = totals_.reserve(stream_, 3);
+    bool moved = totals_.reserve(stream_, 4);
     moved |= new_cells_.reserve(stream_, n_cells);
     moved |= codes_.reserve(stream_, n_query * kMaxSlots);
     moved |= levels_.reserve(stream_, n_query * 2 * kSegments);
@@ -278,6 +278,9 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     moved |= n_selected_.reserve(stream_, n_query);
     moved |= parts_.reserve(stream_, n_parts);
     moved |= arrived_.reserve(stream_, n_query);
+    moved |= norms_.reserve(stream_, n_query);
+    moved |= thresholds_.reserve(stream_, n_query);
+    moved |= marks_.reserve(stream_, n_query * n_block * (FASA_BLOCK_CELLS / 32));
     epoch_ += moved ? 1 : 0;
     for (Work & w : out->work) {
         w.args = arguments(w, *out, config);
@@ -318,9 +321,11 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     n.n_first      = config.sinks;
     n.n_last       = config.recent;
     n.max_selected = std::max(config.budget, config.min_ctx);
+    n.filters      = w.index->filters();
     n.n_split      = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
-    n.scratch = {codes_.get(),    levels_.get(),     scores_.get(), peaks_.get(),   n_visible_.get(), windows_.get(),
-                 selected_.get(), n_selected_.get(), parts_.get(),  arrived_.get(), totals_.get()};
+    n.scratch = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
+                 peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
+                 parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
     return n;
 }
 
@@ -464,7 +469,7 @@ void Decoder::invalidate() {
 }
 
 void Decoder::add_to(fasa_counters * c) const {
-    int64_t totals[3] = {};
+    int64_t totals[4] = {};
     if (totals_.get() != nullptr) {
         api_->download(stream_->device(), totals, totals_.get(), sizeof(totals));
     }
@@ -481,7 +486,7 @@ void Decoder::add_to(fasa_counters * c) const {
 }
 
 void Decoder::reset() {
-    const int64_t zeros[3] = {};
+    const int64_t zeros[4] = {};
     if (totals_.get() != nullptr) {
         api_->upload(stream_->device(), totals_.get(), zeros, sizeof(zeros));
     }

@@ -111,9 +111,10 @@ class Decoder {
     int64_t epoch_     = 0; // changes when memory that a capture holds has moved
     int64_t row_bytes_ = 0; // of K and V
 
-    Memory<int64_t> new_cells_, totals_; // totals_: visible, attended, different
+    Memory<int64_t>  new_cells_, totals_;
+    Memory<uint32_t> marks_;
     Memory<int8_t>  codes_;
-    Memory<float>   levels_, scores_, peaks_, parts_;
+    Memory<float>   levels_, norms_, thresholds_, scores_, peaks_, parts_;
     Memory<Window>  windows_;
     Memory<int32_t> n_visible_, selected_, n_selected_, arrived_;
 };

@@ -56,6 +56,11 @@ DeviceIndex::DeviceIndex(const std::shared_ptr<Stream> & stream, const Plan & pl
     }
     heads_ = Memory<HeadLayout>(stream, n_head_kv_);
     data_  = Memory<uint8_t>(stream, n_stream_ * blocks_per_stream_ * block_bytes_);
+    const std::vector<float> none(plan.n_head * FASA_MAX_ROWS * n_stream_, kNoFilter);
+    filters_ = Memory<float>(stream, static_cast<int64_t>(none.size()));
+    check(stream->api(),
+          stream->api()->upload(stream->device(), filters_.get(), none.data(), none.size() * sizeof(float)),
+          "prepare an index");
     check(stream->api(),
           stream->api()->upload(stream->device(), heads_.get(), heads.data(), heads.size() * sizeof(HeadLayout)),
           "copy the layout of an index");

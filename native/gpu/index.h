@@ -29,6 +29,7 @@ class DeviceIndex {
     int64_t & built(int64_t stream) { return built_[stream]; }
 
     Index               view(const Plan & plan) const;
+    float *             filters() const { return filters_.get(); }
     int64_t             bytes() const { return data_.size(); }
     int64_t             block_bytes() const { return block_bytes_; } // of all KV heads
     int32_t             max_block_bytes() const { return max_block_bytes_; }
@@ -42,6 +43,7 @@ class DeviceIndex {
     std::shared_ptr<const Profile::Layouts> layouts_;
     Memory<HeadLayout>                      heads_;
     Memory<uint8_t>                         data_;
+    Memory<float>                           filters_; // of up to FASA_MAX_ROWS rows of each head and stream
     int64_t                                 block_bytes_     = 0;
     int32_t                                 max_block_bytes_ = 0;
     std::vector<int64_t>                    built_; // by stream

@@ -89,12 +89,28 @@ int main(int argc, char ** argv) {
                     std::fflush(stdout);
                 };
                 const Api * api = cuda_api();
-                print("prepare", 8 * (rows / 2 + 34) + 32 * 128 * 4, {api->prepare});
-                print("score", index + 2 * depth, {api->score});
-                print("select", chosen, {api->select});
-                print("attend", attended, {api->attend});
+                const auto once = [&](const std::vector<Phase> & phases) {
+                    for (const Phase phase : phases) {
+                        CHECK_EQUAL(phase(cuda_stream()->device(), &layers[0]->node), 0);
+                    }
+                };
+                if (std::getenv("FASA_ONCE") != nullptr) {
+                    for (int i = 0; i < 6; ++i) {
+                        once({api->prepare, api->score, api->select, api->attend});
+                    }
+                    layers[0]->totals.to_host();
+                    continue;
+                }
+                // As decoding runs: select takes the cells that score marks.
                 print("all", index + 2 * depth + chosen + attended,
                       {api->prepare, api->score, api->select, api->attend});
+                layers[0]->totals.to_host();
+                std::fprintf(stderr, "marked %lld\n", static_cast<long long>(layers[0]->totals.host[3]));
+                print("attend", attended, {api->attend});
+                print("prepare", 8 * (rows / 2 + 34) + 32 * 128 * 4, {api->prepare});
+                print("score", index + 2 * depth, {api->score});
+                once({api->prepare, api->score});
+                print("select", chosen, {api->select});
             }
         }
     }

@@ -97,6 +97,11 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     const int32_t n_split        = fasa::gpu::n_splits(s.budget, n_query());
     codes.poison(n_query() * fasa::gpu::kMaxSlots);
     levels.poison(n_query() * 2 * fasa::gpu::kSegments);
+    norms.poison(n_query());
+    thresholds.poison(n_query());
+    filters.host.assign(n_query(), fasa::gpu::kNoFilter);
+    filters.to_device();
+    marks.poison(n_query() * cells_of_query / 32);
     scores.poison(n_query() * cells_of_query);
     peaks.poison(n_query() * cells_of_query / fasa::gpu::kPeak);
     n_visible.poison(s.n_rows * s.n_stream);
@@ -106,7 +111,7 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     parts.poison(n_query() * n_split * (2 + s.head_dim));
     out.poison(n_query() * (s.head_dim + 8)); // a gap after each head must stay as it is
     arrived.host.assign(n_query(), 0);
-    totals.host.assign(3, 0);
+    totals.host.assign(4, 0);
     arrived.to_device();
     totals.to_device();
 
@@ -153,9 +158,11 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     node.n_last       = s.n_last;
     node.max_selected = max_selected;
     node.n_split      = n_split;
-    node.scratch      = {codes.device.get(),     levels.device.get(),  scores.device.get(), peaks.device.get(),
-                         n_visible.device.get(), windows.device.get(), cells.device.get(),  n_selected.device.get(),
-                         parts.device.get(),     arrived.device.get(), totals.device.get()};
+    node.filters      = filters.device.get();
+    node.scratch      = {codes.device.get(),  levels.device.get(),     norms.device.get(),   thresholds.device.get(),
+                         scores.device.get(), peaks.device.get(),      n_visible.device.get(), windows.device.get(),
+                         cells.device.get(),  n_selected.device.get(), parts.device.get(),   arrived.device.get(),
+                         marks.device.get(),  totals.device.get()};
 }
 
 void Stage::write_random_rows(std::mt19937 & rng, int64_t cache_cell) {

@@ -30,6 +30,8 @@ const StageShape kShapes[] = {
     {32, 5, 5, 500, 2, 3, GGML_TYPE_Q4_0, GGML_TYPE_BF16, 8, 16, 64, 64, 1, 1, 0},
     {160, 14, 2, 2049, 1, 1, GGML_TYPE_BF16, GGML_TYPE_Q8_0, 4, 80, 1500, 1600, 4, 32, 0},
     {128, 16, 1, 30000, 1, 1, GGML_TYPE_F16, GGML_TYPE_F16, 4, 16, 7000, 7000},
+    {64, 12, 4, 9000, 2, 1, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 1, 32, 300, 400, 4, 32, 64},
+    {128, 4, 1, 70001, 1, 1, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 2, 32, 900, 1000, 4, 32, 128},
 };
 
 // Bytes of the index that are not what Layout::write makes of the keys. Sums run in another order on the device: a step
@@ -212,7 +214,8 @@ int32_t max_block_bytes(const Stage & s) {
 } // namespace
 
 TEST(stages_agree_with_the_reference) {
-    std::mt19937 rng = fresh_rng();
+    std::mt19937 rng  = fresh_rng();
+    int64_t      used = 0;
     for (const StageShape & shape : kShapes) {
         if (only_small() && shape.n_kv * shape.n_head > 10000) {
             continue;
@@ -253,8 +256,10 @@ TEST(stages_agree_with_the_reference) {
         }
         CHECK_EQUAL(s.totals.host[1], attended);
 
-        // Nothing depends on which thread comes first.
-        const auto first = s.out.host;
+        // Nothing depends on which thread comes first, nor on whether marks are of use, which they are from the second
+        // time on.
+        const auto first    = s.out.host;
+        const auto selected = s.cells.host;
         for (int i = 0; i < 3; ++i) {
             s.out.poison(static_cast<int64_t>(first.size()));
             CHECK_EQUAL(cuda_api()->prepare(device, &s.node), 0);
@@ -263,8 +268,13 @@ TEST(stages_agree_with_the_reference) {
             CHECK_EQUAL(cuda_api()->attend(device, &s.node), 0);
             s.out.to_host();
             CHECK(std::memcmp(first.data(), s.out.host.data(), first.size() * sizeof(float)) == 0);
+            s.cells.to_host();
+            CHECK(selected == s.cells.host);
         }
+        s.totals.to_host();
+        used += s.totals.host[3];
     }
+    CHECK(only_small() || used > 0);
 }
 
 // Scores that make a radix select stumble: ties, outliers, few distinct values, more candidates than shared memory
@@ -314,8 +324,38 @@ TEST(select_is_exact_on_ugly_scores) {
         const auto scores = s.scores.host;
         s.scores.to_device();
         s.peaks.to_device();
+        s.norms.host.assign(8, 1.0f);
+        s.norms.to_device();
+        const float infinity = std::numeric_limits<float>::infinity();
+        s.thresholds.host.assign(8, infinity); // nothing is marked
+        s.thresholds.to_device();
         const Case c("budget " + std::to_string(budget));
         CHECK_EQUAL(cuda_api()->select(cuda_stream()->device(), &s.node), 0);
         check_selection(s, scores);
+        const auto all = s.cells.host;
+
+        // The same from marks of all cells that reach some threshold.
+        const Case from("from marks");
+        for (int64_t query = 0; query < 8; ++query) {
+            const float *      x = scores.data() + query * n;
+            std::vector<float> sorted(x, x + 40000);
+            std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+            const size_t at          = std::min<size_t>(sorted.size() - 1, budget - 1 + rng() % (budget + 1));
+            s.thresholds.host[query] = sorted[at];
+            for (int64_t word = 0; word < n / 32; ++word) {
+                uint32_t bits = 0;
+                for (int i = 0; i < 32; ++i) {
+                    bits |= x[32 * word + i] >= sorted[at] ? 1u << i : 0u;
+                }
+                s.marks.host[query * (n / 32) + word] = bits;
+            }
+        }
+        s.thresholds.to_device();
+        s.marks.to_device();
+        CHECK_EQUAL(cuda_api()->select(cuda_stream()->device(), &s.node), 0);
+        check_selection(s, scores);
+        CHECK(all == s.cells.host);
+        s.totals.to_host();
+        CHECK(s.totals.host[3] > 0 || budget >= 6144);
     }
 }
