@@ -78,6 +78,8 @@ def attach(
                 "flash_attn is False, so there are no attention nodes to replace; leave it out."
             )
         check_host()
+        if argument is not False:
+            _check_split(kwargs)
         identity = _identity(path, optional=argument is False)
         profile = _profile(path, argument)
         if profile is not None and identity is not None:
@@ -117,6 +119,15 @@ def _profile(path: str, argument: ProfileArgument) -> Profile | None:
         return argument
     where = find_profile(path) if argument is None else os.fspath(argument)  # type: ignore[arg-type]
     return None if where is None else Profile.load(where)
+
+
+def _check_split(kwargs: Mapping[str, Any]) -> None:
+    """Attention of a layer must be one node on one device, as it is when layers are split."""
+    if kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR and kwargs.get("n_gpu_layers"):
+        raise HostError(
+            f"split_mode is {llama_cpp.LLAMA_SPLIT_MODE_TENSOR} (LLAMA_SPLIT_MODE_TENSOR), which spreads the "
+            "attention of every layer over all devices, where it cannot be replaced; use LLAMA_SPLIT_MODE_LAYER."
+        )
 
 
 def _check_frequencies(identity: ModelIdentity, kwargs: Mapping[str, Any]) -> None:

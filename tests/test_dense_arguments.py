@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -61,6 +62,13 @@ def test_other_frequencies(
     with pytest.warns(DenseWarning, match=sentence) as caught, opened(copied, **arguments) as x:
         assert not x.fasa.active
     assert len(caught) == 1
+
+
+def test_layers_that_are_spread_over_devices(copied: Path, profile: Profile) -> None:
+    arguments = {"split_mode": llama_cpp.LLAMA_SPLIT_MODE_TENSOR, "n_gpu_layers": -1}
+    sentence = r"split_mode is 3 \(LLAMA_SPLIT_MODE_TENSOR\), .* use LLAMA_SPLIT_MODE_LAYER"
+    with pytest.raises(HostError, match=sentence):
+        Llama(str(copied), profile=profile, verbose=False, **arguments)
 
 
 def test_the_model_s_own_frequencies_may_be_named(path: Path, profile: Profile) -> None:

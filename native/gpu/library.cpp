@@ -38,12 +38,9 @@ Library load() {
         say(l, "llama.cpp has no CUDA device here; nothing was loaded.");
         return l;
     }
-    // The kernels ran and were right on a GPU before the index got 1 bit and steps of a byte, and have only been
-    // compiled since: whoever has one asks for them, after tests/gpu/run.sh.
     const char * asked = std::getenv("PYFASA_CUDA");
-    if (asked == nullptr || std::strcmp(asked, "1") != 0) {
-        say(l, "The CUDA kernels are switched off: they have not been run since the layout of the index last changed. "
-               "Set PYFASA_CUDA=1 to try them; until then decoding on CUDA devices stays dense.");
+    if (asked != nullptr && std::strcmp(asked, "0") == 0) {
+        say(l, "The CUDA kernels are switched off by PYFASA_CUDA=0; decoding on CUDA devices stays dense.");
         return l;
     }
     Dl_info     self = {};

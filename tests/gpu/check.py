@@ -11,9 +11,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 
 import pyfasa
+from pyfasa import demo, doctor, native
 from pyfasa.embed import find_profile
 from pyfasa.identity import ModelIdentity
 from pyfasa.profile import Profile
@@ -51,7 +53,7 @@ def logits(
     llm.fasa.reset()
     for at in range(prompt, len(tokens), rows):
         llm.eval(tokens[at : at + rows])
-        pointer = __import__("llama_cpp").llama_get_logits(llm.ctx)
+        pointer = llama_cpp.llama_get_logits(llm.ctx)
         out.append(np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy())
     return np.array(out), llm
 
@@ -142,11 +144,71 @@ def compare(path: Path, tokens: list[int], kv: str, budget: int, n_decode: int) 
     )
 
 
+def retrieval(path: Path, n_token: int = 8000, n_question: int = 20) -> None:
+    """Answers about facts in a document: the GPU finds those that the CPU finds, as FASA and as dense attention."""
+    found = {}
+    for device, arguments in {
+        "GPU": {"n_gpu_layers": -1},
+        "CPU": {"n_gpu_layers": 0, "offload_kqv": False},
+    }.items():
+        settings = demo.Settings(
+            model=path, n_tokens=n_token, n_questions=n_question, budget=256, seed=3, n_threads=None
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            llm = pyfasa.Llama(
+                str(path),
+                n_ctx=n_token + demo.ROOM,
+                budget=256,
+                min_ctx=512,
+                verbose=False,
+                **arguments,
+            )
+        document = demo.hide(llm, settings)
+        asked = list(demo.interview(llm, document, n_question, write=lambda text: None))
+        found[device] = {name: demo.right(asked, name) for name in ("dense", "fasa")}
+        llm.close()
+    expect(
+        f"right answers of {n_question} at {n_token} tokens, budget 256",
+        all(abs(found["GPU"][name] - found["CPU"][name]) <= 1 for name in ("dense", "fasa")),
+        found,
+    )
+
+
+def split(path: Path, tokens: list[int], n_decode: int = 16) -> None:
+    """A part of the layers on the GPU; and, where there are several, layers over all of them."""
+    common = {
+        "type_k": "f16",
+        "type_v": "f16",
+        "profile": profile_of(path),
+        "budget": 256,
+        "min_ctx": 512,
+    }
+    n_layer = ModelIdentity.read(path).n_layer
+    n_gpu = sum(d.type == "GPU" for d in doctor.devices())
+    whole, llm = logits(path, tokens, n_decode, n_gpu_layers=-1, split_mode=0, **common)
+    llm.close()
+    ways = {f"{n_layer // 2} of {n_layer} layers on the GPU": {"n_gpu_layers": n_layer // 2}}
+    if n_gpu > 1:
+        ways[f"layers over {n_gpu} GPUs"] = {
+            "n_gpu_layers": -1,
+            "split_mode": llama_cpp.LLAMA_SPLIT_MODE_LAYER,
+            "tensor_split": [1.0] * n_gpu,
+        }
+    for name, arguments in ways.items():
+        parts, llm = logits(path, tokens, n_decode, **arguments, **common)
+        nodes = llm.fasa.counters.nodes["sparse"]
+        llm.fasa.verify = True
+        llm.eval(tokens[-1:])
+        expect(f"{name}: all layers are sparse", nodes == n_layer * n_decode, nodes)
+        expect(f"{name}: logits", difference(parts, whole) < 0.05, difference(parts, whole))
+        expect(f"{name}: index verified", llm.fasa.counters.verify_failures == 0)
+        llm.close()
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     n_token = int(sys.argv[2]) if len(sys.argv) > 2 else 3000
-    from pyfasa import doctor, native
-
     print("CUDA:", native.cuda()[1])
     expect("CUDA kernels are loaded", native.cuda()[0])
     print("; ".join(f"{d.name}: {d.description}" for d in doctor.devices()))
@@ -154,6 +216,9 @@ def main() -> None:
     tokens = [int(t) for t in rng.integers(3, 250, n_token)]
     for kv in ("f16", "q8_0", "q4_0", "bf16"):
         compare(path, tokens, kv, 256, 24)
+    split(path, tokens)
+    if find_profile(path) is not None:
+        retrieval(path)
     print("all as it should be" if failures == 0 else f"{failures} FAILED")
     sys.exit(failures > 0)
 

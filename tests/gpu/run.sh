@@ -14,7 +14,6 @@ BUILD=${PYFASA_BUILD:-build/gpu}
 STEPS=${PYFASA_STEPS:-build kernels sanitize models stages speed host}
 SMALL=models/pyfasa-tiny-12m-Q8_0.gguf
 mkdir -p "$RESULTS" "$BUILD"
-export PYFASA_CUDA=1  # the kernels are switched off by default, see native/gpu/library.cpp
 failed=
 
 step() { case " $STEPS " in *" $1 "*) echo "== $1"; return 0 ;; *) return 1 ;; esac; }
