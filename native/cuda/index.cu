@@ -38,8 +38,8 @@ __device__ float warp_max(float x) {
     return x;
 }
 
-// A row of up to 32 * OWN numbers in a warp's registers: number 32 i + lane is x[i]. The butterflies of hadamard.h; which of
-// them come first in a stage does not matter.
+// A row of up to 32 * OWN numbers in a warp's registers: number 32 i + lane is x[i]. The butterflies of hadamard.h;
+// which of them come first in a stage does not matter.
 template <int OWN> struct WarpRow {
     float x[OWN];
 
@@ -220,17 +220,17 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
     const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
                                                            head * node.q_head + stream * node.q_stream);
     const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
-    const float filter = node.filters[query];
+    const float        filter = node.filters[query];
     undo_rotation(source, q, node.k.dim, node.index.rotation, lane);
 
     float    square = 0.0f;
-    int8_t * codes = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
-    float *  level = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
+    int8_t * codes  = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
+    float *  level  = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
     for (int s = 0; s < l.n_segment; ++s) {
         const Segment seg  = l.segments[s];
         float         peak = 0.0f;
         for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
-            const int d = l.dims[seg.slot + i];
+            const int   d = l.dims[seg.slot + i];
             const float x = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
             peak          = fmaxf(peak, fabsf(x));
             square += x * x;
@@ -259,8 +259,8 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
     }
 }
 
-// The first or last n cells that a row sees, in the order of cells: how many cells from that end they span. 256 cells at
-// a time: the end of a context is mostly hidden.
+// The first or last n cells that a row sees, in the order of cells: how many cells from that end they span. 256 cells
+// at a time: the end of a context is mostly hidden.
 __device__ int span_of(const uint16_t * mask, int n_kv, int n, bool from_end, int lane) {
     constexpr int kOwn = 8;
     for (int base = 0; base < n_kv && n > 0; base += kOwn * kWarp) {

@@ -7,9 +7,9 @@
 
 namespace fasa::gpu {
 
-constexpr int32_t kMaxSlots = 272;             // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
-constexpr int32_t kSegments = 4;               // 8, 4, 2 and 1 bits
-constexpr int32_t kPeak     = 8;               // consecutive cells that share a peak (the CPU's peaks are strided)
+constexpr int32_t kMaxSlots = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
+constexpr int32_t kSegments = 4;   // 8, 4, 2 and 1 bits
+constexpr int32_t kPeak     = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
 constexpr float   kNoFilter = 3.402823466e38f;
 constexpr float   kForced   = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
 
@@ -51,21 +51,21 @@ struct Window {
 
 // Work space of one node at a time; a query is (stream, row, head), the head innermost.
 struct Scratch {
-    int8_t *  codes;      // [kMaxSlots, n_query]
-    float *   levels;     // [2, kSegments, n_query]: step, bias
-    float *   norms;      // [n_query]: of the query's kept dims, the unit of filters
-    float *   thresholds; // [n_query]: filter in this unit; +inf: none
-    float *   scores;     // [64 * n_block, n_query]
-    float *   peaks;      // [8 * n_block, n_query]
-    int32_t * n_visible;  // [n_rows * n_stream]
-    Window *  windows;    // likewise
-    int32_t * cells;      // [max_selected, n_query]
-    int32_t * n_selected; // [n_query]
-    float *   parts;      // [2 + v_dim, n_split, n_query]
-    int32_t * arrived;    // [n_query], zero between nodes
-    uint32_t * marks;     // [2 * n_block, n_query]: a bit for every cell that reached its query's threshold
-    int64_t * totals;     // [4], until read: cells visible and attended; differences that rebuild found; queries
-                          // that were selected from marked cells
+    int8_t *   codes;      // [kMaxSlots, n_query]
+    float *    levels;     // [2, kSegments, n_query]: step, bias
+    float *    norms;      // [n_query]: of the query's kept dims, the unit of filters
+    float *    thresholds; // [n_query]: filter in this unit; +inf: none
+    float *    scores;     // [64 * n_block, n_query]
+    float *    peaks;      // [8 * n_block, n_query]
+    int32_t *  n_visible;  // [n_rows * n_stream]
+    Window *   windows;    // likewise
+    int32_t *  cells;      // [max_selected, n_query]
+    int32_t *  n_selected; // [n_query]
+    float *    parts;      // [2 + v_dim, n_split, n_query]
+    int32_t *  arrived;    // [n_query], zero between nodes
+    uint32_t * marks;      // [2 * n_block, n_query]: a bit for every cell that reached its query's threshold
+    int64_t *  totals;     // [4], until read: cells visible and attended; differences that rebuild found; queries
+                           // that were selected from marked cells
 };
 
 struct Node {

@@ -5,11 +5,10 @@
 // The result depends on the scores only, not on the order in which threads run.
 //
 // Most tokens take a shorter way to their candidates. Queries of following tokens score much alike, so select leaves a
-// filter for the next token, which about twice the budget of cells should reach; score marks those that do, and the best
-// of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
+// filter for the next token, which about twice the budget of cells should reach; score marks those that do, and the
+// best of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
 #include <cfloat>
 #include <climits>
-#include <cstdio>
 
 #include <math_constants.h>
 
@@ -20,12 +19,6 @@ namespace fasa::gpu {
 
 namespace {
 
-#ifdef FASA_STAMPS
-__device__ long long stamps[16];
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 3) stamps[i] = clock64()
-#else
-#define STAMP(i)
-#endif
 constexpr int kBins   = 2048;
 constexpr int kList   = 1024; // values of the last bin that are ranked one against another
 constexpr int kHeld   = 6144; // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
@@ -43,7 +36,9 @@ struct alignas(16) Shared {
     };
     int32_t cells[kHeld];
     int32_t bin, above, count, total;
-    float   result, floor;
+    float   result;
+    float   floor, least; // of a selection from peaks: what its candidates reached, and its least value
+    int32_t reached;      // how many candidates
 };
 
 // ---- values to choose from: consecutive ones per thread, so that a sum over threads gives their order
@@ -310,17 +305,19 @@ template <typename Values>
 __device__ int select_from(Shared & sh, Block & block, const Values & peaks, int first, int n_peak,
                            const float * scores, int budget, int32_t * out) {
     const float floor   = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
-    if (threadIdx.x == 0) {
-        sh.floor = floor;
-    }
     const int   n_group = list_groups(sh, block, peaks, first, floor);
     const int   n       = n_group <= kHeld ? gather(sh, block, scores, n_group, floor) : INT_MAX;
+    float       t;
+    int         n_selected = -1;
     if (n <= kHeld) {
-        float t;
-        return finish(sh, block, n, budget, floor, out, &t);
+        n_selected = finish(sh, block, n, budget, floor, out, &t);
+    } else {
+        t = kth_largest(sh, block, part_of(scores, n_peak * kPeak), budget);
     }
-    const float t = kth_largest(sh, block, part_of(scores, n_peak * kPeak), budget);
-    return write_from_memory(sh, block, scores, nullptr, n_peak * kPeak, t, budget, out);
+    if (threadIdx.x == 0) {
+        sh.floor = floor, sh.least = t, sh.reached = n;
+    }
+    return n_selected >= 0 ? n_selected : write_from_memory(sh, block, scores, nullptr, n_peak * kPeak, t, budget, out);
 }
 
 // N peaks of each thread in registers, four at a time from memory.
@@ -341,13 +338,13 @@ __device__ int select_in_registers(Shared & sh, Block & block, const float * pea
 // ---- from marked cells
 // ------------------------------------------------------------------------------------------------
 
-// Marked cells in order into sh.cells and their scores into sh.values; their number, which is above kHeld when they do not
-// fit.
+// Marked cells in order into sh.cells and their scores into sh.values; their number, which is above kHeld when they do
+// not fit.
 __device__ int gather_marked(Shared & sh, Block & block, const uint32_t * marks, const float * scores, int n_cell) {
     const int words = n_cell / 32; // a multiple of two
     const int share = ((words + kThreads - 1) / kThreads + 1) / 2 * 2, first = static_cast<int>(threadIdx.x) * share;
-    const int end = min(first + share, words);
-    int       own = 0;
+    const int end  = min(first + share, words);
+    int       own  = 0;
     uint2     held = {0, 0}; // the first words: all there are in a context of up to 65,536 cells
     for (int i = first; i < end; i += 2) {
         const uint2 w = *reinterpret_cast<const uint2 *>(marks + i);
@@ -372,8 +369,8 @@ __device__ int gather_marked(Shared & sh, Block & block, const uint32_t * marks,
     return total;
 }
 
-// What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls about
-// exponentially along the tail.
+// What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls
+// about exponentially along the tail.
 __device__ float next_filter(float filter, float t, int n, int budget, float norm) {
     const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
     return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * norm);
@@ -388,7 +385,6 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
     int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
     Block         block(sh.exchange);
-    STAMP(0);
     const int     n_visible = node.scratch.n_visible[query / node.n_head];
     const float   norm      = node.scratch.norms[query];
     const float   passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
@@ -400,11 +396,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     } else if (passed < kNoFilter) {
         const uint32_t * marks    = node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32);
         const int        n_marked = gather_marked(sh, block, marks, scores, n_cell);
-        STAMP(1);
         if (n_marked >= node.budget && n_marked <= kHeld) {
             float t;
             n      = finish(sh, block, n_marked, node.budget, passed, out, &t);
-            STAMP(2);
             filter = t < kForced ? next_filter(passed, t, n_marked, node.budget, norm) / norm : kNoFilter;
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
@@ -421,16 +415,11 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
             const InMemory own = part_of(peaks, n_peak);
             n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
         }
-        // About the budget of peaks reached the floor, and more cells.
-        filter = sh.floor > -FLT_MAX && sh.floor < kForced && norm > 0.0f ? sh.floor / norm : kNoFilter;
+        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
+            const bool counted = sh.reached <= kHeld && sh.reached >= node.budget;
+            filter = (counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, norm) : sh.floor) / norm;
+        }
     }
-    STAMP(6);
-#ifdef FASA_STAMPS
-    if (threadIdx.x == 0 && blockIdx.x == 3) {
-        const auto d = [](int i) { return static_cast<int>(stamps[i] - stamps[i - 1]); };
-        printf("select: threshold %g next %g; gather %d finish %d; all %lld\n", passed, filter * norm, d(1), d(2), stamps[6] - stamps[0]);
-    }
-#endif
     if (threadIdx.x == 0) {
         node.filters[query]            = filter;
         node.scratch.n_selected[query] = n;

@@ -323,9 +323,9 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     n.max_selected = std::max(config.budget, config.min_ctx);
     n.filters      = w.index->filters();
     n.n_split      = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
-    n.scratch = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
-                 peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
-                 parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
+    n.scratch      = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
+                      peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
+                      parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
     return n;
 }
 

@@ -49,7 +49,7 @@ double median_us(const std::vector<std::unique_ptr<Stage>> & layers, const std::
 } // namespace
 
 int main(int argc, char ** argv) {
-    const double tera = argc > 1 ? std::atof(argv[1]) : 3.0;
+    const double  tera = argc > 1 ? std::atof(argv[1]) : 3.0;
     const int64_t only = argc > 2 ? std::atoll(argv[2]) : 0;
     std::printf("type,n_depth,bits,budget,stage,bytes,floor_us,time_us,ratio\n");
     for (const ggml_type type : {GGML_TYPE_Q8_0, GGML_TYPE_F16}) {
@@ -88,24 +88,15 @@ int main(int argc, char ** argv) {
                                 time / floor);
                     std::fflush(stdout);
                 };
-                const Api * api = cuda_api();
-                const auto once = [&](const std::vector<Phase> & phases) {
+                const Api * api  = cuda_api();
+                const auto  once = [&](const std::vector<Phase> & phases) {
                     for (const Phase phase : phases) {
                         CHECK_EQUAL(phase(cuda_stream()->device(), &layers[0]->node), 0);
                     }
                 };
-                if (std::getenv("FASA_ONCE") != nullptr) {
-                    for (int i = 0; i < 6; ++i) {
-                        once({api->prepare, api->score, api->select, api->attend});
-                    }
-                    layers[0]->totals.to_host();
-                    continue;
-                }
                 // As decoding runs: select takes the cells that score marks.
                 print("all", index + 2 * depth + chosen + attended,
                       {api->prepare, api->score, api->select, api->attend});
-                layers[0]->totals.to_host();
-                std::fprintf(stderr, "marked %lld\n", static_cast<long long>(layers[0]->totals.host[3]));
                 print("attend", attended, {api->attend});
                 print("prepare", 8 * (rows / 2 + 34) + 32 * 128 * 4, {api->prepare});
                 print("score", index + 2 * depth, {api->score});

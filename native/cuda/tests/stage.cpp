@@ -159,9 +159,9 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     node.max_selected = max_selected;
     node.n_split      = n_split;
     node.filters      = filters.device.get();
-    node.scratch      = {codes.device.get(),  levels.device.get(),     norms.device.get(),   thresholds.device.get(),
+    node.scratch      = {codes.device.get(),  levels.device.get(),     norms.device.get(),     thresholds.device.get(),
                          scores.device.get(), peaks.device.get(),      n_visible.device.get(), windows.device.get(),
-                         cells.device.get(),  n_selected.device.get(), parts.device.get(),   arrived.device.get(),
+                         cells.device.get(),  n_selected.device.get(), parts.device.get(),     arrived.device.get(),
                          marks.device.get(),  totals.device.get()};
 }
 
