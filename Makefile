@@ -18,21 +18,23 @@ endif
 # One architecture, and code that drivers compile for newer ones: all of them take minutes. Empty: all.
 CUDA_ARCH ?= -DCMAKE_CUDA_ARCHITECTURES=80
 
-NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/tests/*.*)
+NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/plugin/*.* native/tests/*.*)
 CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h \
-	native/fuzz/*.cpp native/fuzz/*.h native/gpu/*.cpp native/gpu/*.h native/cuda/*.cu native/cuda/*.cuh native/cuda/*.h \
+	native/plugin/*.cpp native/plugin/*.h native/fuzz/*.cpp native/fuzz/*.h native/gpu/*.cpp native/gpu/*.h native/cuda/*.cu native/cuda/*.cuh native/cuda/*.h \
 	native/cuda/tests/*.cpp native/cuda/tests/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test check format lint types tidy sanitize sanitize-threads fuzz bench bench-types layouts selection clean
+.PHONY: help setup demo test test-tools check format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
 	@echo "make test       the tests"
+	@echo "make test-tools  the plugin inside llama.cpp's own tools, which are built once; half an hour"
 	@echo "make check      format, lint, types, clang-tidy, native tests under sanitizers"
 	@echo "make fuzz       random and hostile inputs for FUZZ_SECONDS=$(FUZZ_SECONDS); needs clang and atheris"
 	@echo "make bench      decode speed at depth, dense against FASA, into docs/bench"
 	@echo "make bench-types  the same at 30,000 tokens for all 81 pairs of K and V types"
+	@echo "make bench-plugin  stock llama-bench as it is, with the plugin idle, and with FASA"
 	@echo "make layouts    the same for index layouts from 3 to 65 bytes per token"
 	@echo "make selection  answers, attention mass and KLD of every selector, into docs/bench and docs/images"
 	@echo "make format     rewrite sources in the project's format"
@@ -65,6 +67,15 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
+TOOLS := build/tools
+
+$(TOOLS)/bin/llama-server: $(VENV)/llama.stamp tests/tools/build.sh
+	tests/tools/build.sh $(abspath $(BIN)/pip) $(abspath $(BIN)/cmake) $(abspath $(BIN)/ninja) '$(LLAMA)' $(abspath $(TOOLS))
+
+test-tools: setup $(TOOLS)/bin/llama-server
+	$(BIN)/pip install --quiet 'openai>=1.50'
+	PYFASA_TOOLS=$(TOOLS)/bin $(BIN)/pytest tests/tools
+
 # ---- for contributors ------------------------------------------------------------------------------------
 
 check: lint types tidy sanitize sanitize-threads
@@ -87,7 +98,7 @@ build/tidy/build.ninja: $(VENV)/dev.stamp CMakeLists.txt
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF > /dev/null
 
 tidy: build/tidy/build.ninja
-	$(BIN)/clang-tidy --quiet -p build/tidy $(wildcard native/*.cpp native/gpu/*.cpp) native/cpu/portable.cpp
+	$(BIN)/clang-tidy --quiet -p build/tidy $(wildcard native/*.cpp native/gpu/*.cpp native/plugin/*.cpp) native/cpu/portable.cpp
 
 sanitize: $(VENV)/dev.stamp
 	CMAKE_ARGS= $(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -146,6 +157,10 @@ bench: setup
 
 bench-types: setup
 	$(BIN)/pyfasa bench -m $(MODEL) -d 30000 -ctk all -ctv all -t $(THREADS) -n 16 -r 2 -o csv > docs/bench/decode-types.csv
+	$(BIN)/python docs/bench/tables.py
+
+bench-plugin: setup $(TOOLS)/bin/llama-server
+	$(BIN)/python docs/bench/plugin.py $(TOOLS)/bin $(MODEL) > docs/bench/plugin.csv
 	$(BIN)/python docs/bench/tables.py
 
 # Answers, attention mass and KLD of every selector: one and a half hours on two cores; results that are there are kept.

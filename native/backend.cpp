@@ -48,10 +48,11 @@ struct Registry {
     std::unordered_map<ggml_backend_dev_t, InitBackend>        inner_inits; // of devices that are or were decorated
     std::unordered_map<ggml_backend_dev_t, SupportsOp>         inner_supports;
     std::unordered_map<ggml_backend_buffer_t, Session *>       host_caches; // of contexts whose weights are on a GPU
+    const SessionSource *                                      source = nullptr;
 };
 
 Registry & registry() {
-    static Registry r;
+    static Registry & r = *new Registry; // hooks may run until the very end of the process
     return r;
 }
 
@@ -67,6 +68,11 @@ template <typename Key, typename Value> Value take(std::unordered_map<Key, Value
     const Value                       value = map.at(key);
     map.erase(key);
     return value;
+}
+
+const SessionSource * session_source() {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    return registry().source;
 }
 
 // ---- buffer: every way to write into it besides a graph ----------------------------------------------------
@@ -121,6 +127,9 @@ void backend_free(ggml_backend_t backend) {
     const DecoratedBackend d = take(registry().backends, backend);
     d.session->backend_freed(backend);
     d.inner.free(backend);
+    if (const SessionSource * source = session_source()) {
+        source->backend_freed(d.session);
+    }
 }
 
 void decorate(ggml_backend_t backend, Session * session) {
@@ -134,10 +143,15 @@ void decorate(ggml_backend_t backend, Session * session) {
 // ---- device ----------------------------------------------------------------------------------------------------
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char * params) {
-    const InitBackend    inner   = find(registry().inner_inits, device);
-    const ggml_backend_t backend = inner(device, params);
-    if (backend != nullptr && armed != nullptr) {
-        decorate(backend, armed);
+    const InitBackend     inner   = find(registry().inner_inits, device);
+    const ggml_backend_t  backend = inner(device, params);
+    const SessionSource * source  = session_source();
+    Session *             session = armed;
+    if (backend != nullptr && session == nullptr && source != nullptr) {
+        session = source->of_new_backend(device);
+    }
+    if (backend != nullptr && session != nullptr) {
+        decorate(backend, session);
     }
     return backend;
 }
@@ -212,6 +226,21 @@ void check_device(ggml_backend_dev_t device) {
     }
 }
 
+// Under the registry's lock.
+void decorate_devices() {
+    for (const ggml_backend_dev_t device : devices()) {
+        seam::DeviceInterface & iface = seam::of(device)->iface;
+        if (init_slot(iface) != device_init_backend) {
+            registry().inner_inits[device] = init_slot(iface);
+            if (gpu::is_cuda(device)) {
+                registry().inner_supports[device] = iface.supports_op;
+                __atomic_store_n(&iface.supports_op, &device_supports_op, __ATOMIC_RELEASE);
+            }
+            set_init_slot(iface, device_init_backend);
+        }
+    }
+}
+
 } // namespace
 
 // ---- attach and detach ---------------------------------------------------------------------------------------
@@ -234,17 +263,17 @@ void register_session(Session * session) {
     check_seam();
     const std::lock_guard<std::mutex> lock(registry().mutex);
     registry().sessions[session] = 1;
-    for (const ggml_backend_dev_t device : devices()) {
-        seam::DeviceInterface & iface = seam::of(device)->iface;
-        if (init_slot(iface) != device_init_backend) {
-            registry().inner_inits[device] = init_slot(iface);
-            if (gpu::is_cuda(device)) {
-                registry().inner_supports[device] = iface.supports_op;
-                __atomic_store_n(&iface.supports_op, &device_supports_op, __ATOMIC_RELEASE);
-            }
-            set_init_slot(iface, device_init_backend);
-        }
+    decorate_devices();
+}
+
+void serve_all(const SessionSource * source) {
+    if (source != nullptr) {
+        register_session(nullptr); // as long as one is registered, devices stay decorated
+    } else {
+        unregister_session(nullptr);
     }
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().source = source;
 }
 
 void unregister_session(Session * session) {

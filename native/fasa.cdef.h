@@ -184,6 +184,30 @@ typedef struct fasa_profile {
     const float *    scale;
 } fasa_profile;
 
+/* What tells a profile's model from others; n_head and n_head_kv are the largest of all layers. */
+typedef struct fasa_model {
+    int32_t n_layer;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t head_dim;
+    int32_t n_rot;
+    int32_t rope; /* fasa_rope */
+    double  rope_freq_base;
+} fasa_model;
+
+/* The largest version of a profile in a file that is known. */
+typedef enum fasa_profile_version { FASA_PROFILE_VERSION = 1 } fasa_profile_version;
+
+/* A profile in a GGUF file: one of its own, or a model file that carries it. */
+typedef struct fasa_profile_file fasa_profile_file;
+
+fasa_status          fasa_profile_file_open(const char * path, fasa_profile_file ** out);
+const fasa_profile * fasa_profile_file_profile(const fasa_profile_file * file); /* lives as long as the file */
+const fasa_model *   fasa_profile_file_model(const fasa_profile_file * file);
+const char *         fasa_profile_file_name(const fasa_profile_file * file); /* of the model */
+int32_t              fasa_profile_file_n_fc(const fasa_profile_file * file); /* chunks in use by default */
+void                 fasa_profile_file_free(fasa_profile_file * file);
+
 typedef struct fasa_config {
     int32_t enabled;
     int32_t budget;   /* cells attended per query head; at least 1 */
@@ -197,6 +221,18 @@ typedef struct fasa_config {
     int32_t capture;  /* keep the queries of each node, see fasa_session_captured */
     int32_t isa;      /* fasa_isa; AUTO in production */
 } fasa_config;
+
+/* What a setting is when nobody says. min_ctx is PAYS_FROM budgets: from there on selecting cells is faster than dense
+ * attention; later on a GPU, whose dense attention is fast (docs/cuda.md). */
+typedef enum fasa_default {
+    FASA_DEFAULT_BUDGET     = 1024,
+    FASA_DEFAULT_MAX_ROWS   = 8,
+    FASA_DEFAULT_SINKS      = 4,
+    FASA_DEFAULT_RECENT     = 32,
+    FASA_PAYS_FROM          = 2,
+    FASA_PAYS_FROM_CUDA     = 7,
+    FASA_PAYS_FROM_CUDA_F16 = 14
+} fasa_default;
 
 /* FASA_STATUS_ARGUMENT with a sentence about the first setting that is out of its range. */
 fasa_status fasa_config_check(const fasa_config * config);

@@ -235,7 +235,7 @@ const ReasonWords kReasons[FASA_REASON_COUNT] = {
     {"short_context", "Fewer cells are visible than min_ctx."},
     {"no_profile",
      "The profile keeps no chunk for this layer, or none that this device has a kernel for, or there is no profile."},
-    {"shape", "Heads or head size of the node are not those of the profile."},
+    {"shape", "Heads or head size of the node, or the model's layers or RoPE, are not those of the profile."},
     {"alibi", "The layer adds a position bias (ALiBi); frequency chunks do not predict it."},
     {"mask", "The attention mask is missing or not readable before the graph runs."},
     {"kv_type", "No kernel for this type or head size of K or V; heads of 32 to 256 in steps of 32 exist."},

@@ -72,6 +72,16 @@ struct Buffer {
     BufferInterface iface;
 };
 
+struct Registration { // ggml_backend_reg, which a loaded backend returns
+    int api_version;
+    const char * (*get_name)(ggml_backend_reg_t);
+    size_t (*get_device_count)(ggml_backend_reg_t);
+    ggml_backend_dev_t (*get_device)(ggml_backend_reg_t, size_t index);
+    void * (*get_proc_address)(ggml_backend_reg_t, const char * name);
+    void * context;
+};
+constexpr int kApiVersion = 2;
+
 struct Event {
     ggml_backend_dev_t device;
     void *             context; // of CUDA: a cudaEvent_t

@@ -6,6 +6,7 @@
 #include "backend.h"
 #include "clock.h"
 #include "gpu/library.h"
+#include "model_check.h"
 #include "status.h"
 
 namespace fasa {
@@ -91,6 +92,12 @@ void Session::configure(const fasa_config & config) {
     ++generation_;
 }
 
+void Session::check_model(const fasa_model & model, std::function<void(const std::string &)> tell) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    model_ = model;
+    tell_  = std::move(tell);
+}
+
 void Session::set_scorer(fasa_scorer scorer, void * user) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     refuse_while_running("The scorer");
@@ -171,6 +178,7 @@ ggml_status Session::compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph,
 void Session::scan(ggml_cgraph * graph) {
     masks_.clear();
     windows_.learn(graph);
+    compare_model(graph);
     const int             n_nodes = ggml_graph_n_nodes(graph);
     ggml_tensor * const * nodes   = ggml_graph_nodes(graph);
     for (int i = 0; i < n_nodes; ++i) {
@@ -186,21 +194,48 @@ void Session::scan(ggml_cgraph * graph) {
     }
 }
 
+// Nodes of a model that is not the profile's: their cache is foreign from then on.
+void Session::compare_model(ggml_cgraph * graph) {
+    if (!tell_ || profile_ == nullptr) {
+        return;
+    }
+    std::vector<bool> used(layouts_->size());
+    std::transform(layouts_->begin(), layouts_->end(), used.begin(), [](const auto & row) { return !row.empty(); });
+    const std::string missing = missing_layer(graph, used);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node  = ggml_graph_node(graph, i);
+        int32_t             layer = 0;
+        const ggml_tensor * root =
+            node->op == GGML_OP_FLASH_ATTN_EXT ? cache_root(before_cast(node->src[1]), &layer) : nullptr;
+        // A window has frequencies of its own in some models, and is not served anyway.
+        if (root == nullptr || foreign_.count(root->buffer) != 0 || windows_.contains(layer)) {
+            continue;
+        }
+        const std::string found = missing.empty() ? difference(node, layer, model_) : missing;
+        if (!found.empty()) {
+            foreign_.insert(root->buffer);
+            tell_(found);
+        }
+    }
+}
+
 fasa_reason Session::prepare(ggml_tensor * node) {
     NodeWork            w{};
     int32_t             of_layer = 0;
     const ggml_tensor * root     = cache_root(before_cast(node->src[1]), &of_layer);
-    const PlanContext   context  = {profile_.get(), layouts_.get(), &config_, &masks_,
-                                    root != nullptr ? order_of(root) : nullptr};
-    const fasa_reason   reason   = plan(node, context, windows_.contains(of_layer), &w.plan);
-    const ggml_tensor * k_root   = w.plan.k_root;
+    if (root != nullptr && foreign_.count(root->buffer) != 0) {
+        return FASA_REASON_SHAPE; // before layers_, whose indexes may be those of another context's cache
+    }
+    const PlanContext   context = {profile_.get(), layouts_.get(), &config_, &masks_,
+                                   root != nullptr ? order_of(root) : nullptr};
+    const fasa_reason   reason  = plan(node, context, windows_.contains(of_layer), &w.plan);
+    const ggml_tensor * k_root  = w.plan.k_root;
     if (context.order == nullptr) { // K of another device has no address here
         return reason;
     }
     const ggml_tensor * k     = w.plan.k;
     const ggml_tensor * v     = w.plan.v;
     Layer &             layer = layers_[w.plan.layer];
-    layer.k_root              = k_root;
     layer.kv                  = {};
     layer.kv.k                = k->data;
     layer.kv.k_stride         = static_cast<int64_t>(k->nb[1]);
@@ -257,14 +292,14 @@ void Session::note_write(const ggml_tensor * node) {
     }
     const ggml_tensor * rows  = row_numbers(node);
     WriteOrder *        order = order_of(root);
-    if (order != nullptr && order->root() == root && rows != nullptr) {
+    if (order != nullptr && order->follows(*root) && rows != nullptr) {
         for (int64_t i = 0; i < rows->ne[0]; ++i) {
             order->cell_written(static_cast<const int64_t *>(rows->data)[i]);
         }
     }
     const auto  it    = layers_.find(layer);
     SideIndex * index = it != layers_.end() ? it->second.index.get() : nullptr;
-    if (index == nullptr || index->root() != root) {
+    if (index == nullptr || !index->is_of(*root)) {
         return;
     }
     mark(*index, node);
@@ -426,9 +461,11 @@ void Session::backend_freed(ggml_backend_t backend) {
 void Session::buffer_freed(ggml_backend_buffer_t buffer) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     orders_.erase(buffer);
+    foreign_.erase(buffer);
     for (auto it = layers_.begin(); it != layers_.end();) {
         it = it->second.buffer == buffer ? layers_.erase(it) : std::next(it);
     }
+    windows_ = layers_.empty() ? SlidingWindows() : windows_; // an rpc-server may get another model now
     for (auto & gpu : gpus_) {
         gpu.second->buffer_freed(buffer);
     }

@@ -4,9 +4,12 @@
 
 #include <ggml-backend.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "attention.h"
@@ -34,6 +37,9 @@ class Session {
     // Whether an attention node with its cache in host memory should be computed here rather than by a GPU.
     bool wants(const ggml_tensor * node) const;
 
+    // From now on caches of other models than the profile's stay dense; `tell` gets a sentence about each difference.
+    void check_model(const fasa_model & model, std::function<void(const std::string &)> tell);
+
     void          configure(const fasa_config & config);
     void          set_profile(const fasa_profile * profile);
     fasa_counters counters() const;
@@ -48,9 +54,8 @@ class Session {
   private:
     struct Layer {
         std::unique_ptr<SideIndex> index;
-        const ggml_tensor *        k_root;   // of the last node, for keys()
         int64_t                    kv_bytes; // of the cache tensors
-        fasa_kv                    kv;       // k, k_stride, k_type, k_dim in use
+        fasa_kv                    kv;       // of the last node, for keys(): k, k_stride, k_type, k_dim in use
         int64_t                    head_bytes, n_kv;
         int32_t                    n_head_kv, rotation;
         ggml_backend_buffer_t      buffer;
@@ -66,6 +71,7 @@ class Session {
 
     ggml_status  compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner);
     void         scan(ggml_cgraph * graph);
+    void         compare_model(ggml_cgraph * graph);
     fasa_reason  prepare(ggml_tensor * node);
     fasa_reason  prepare_index(const Plan & plan, Layer & layer);
     void         note_write(const ggml_tensor * node);
@@ -91,6 +97,9 @@ class Session {
     int64_t                                 generation_  = 0; // changes with profile, layouts and configuration
     std::map<ggml_backend_t, std::unique_ptr<gpu::Decoder>> gpus_;
     std::map<int32_t, Layer>                                layers_; // by layer number
+    fasa_model                                              model_ = {};
+    std::function<void(const std::string &)>                tell_;    // empty: the model is not checked
+    std::set<ggml_backend_buffer_t>                         foreign_; // caches of other models
     std::map<int32_t, Captured>                             captured_;
     SlidingWindows                                          windows_;
     std::map<ggml_backend_buffer_t, WriteOrder>             orders_; // by the buffer that holds a cache's layers

@@ -9,12 +9,10 @@
 namespace fasa {
 
 SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> layouts, bool keep_keys)
-    : root_(plan.k_root), root_data_(plan.k_root->data), layer_(plan.layer), n_head_kv_(plan.n_head_kv),
-      head_dim_(static_cast<int32_t>(plan.k->ne[0])), type_(plan.k->type), rotation_(plan.rotation),
-      n_stream_(root_->ne[2]), n_cell_(root_->ne[1]),
-      blocks_per_stream_((n_cell_ + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS),
-      row_bytes_(static_cast<int64_t>(root_->nb[1])), head_bytes_(static_cast<int64_t>(plan.k->nb[2])),
-      layouts_(std::move(layouts)) {
+    : root_(*plan.k_root), layer_(plan.layer), n_head_kv_(plan.n_head_kv),
+      head_dim_(static_cast<int32_t>(plan.k->ne[0])), rotation_(plan.rotation), n_stream_(root_.n_stream),
+      n_cell_(root_.n_cell), blocks_per_stream_((n_cell_ + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS),
+      head_bytes_(static_cast<int64_t>(plan.k->nb[2])), layouts_(std::move(layouts)) {
     const int64_t n_block = n_stream_ * blocks_per_stream_;
     for (int32_t h = 0; h < n_head_kv_; ++h) {
         data_.push_back(make_aligned<uint8_t>(n_block * layout(h).block_bytes));
@@ -26,11 +24,9 @@ SideIndex::SideIndex(const Plan & plan, std::shared_ptr<const Profile::Layouts> 
 }
 
 bool SideIndex::serves(const Plan & plan, const Profile::Layouts * layouts, bool keep_keys) const {
-    return keep_keys == (keys_ != nullptr) && root_ == plan.k_root && root_data_ == plan.k_root->data &&
-           layouts_.get() == layouts && n_stream_ == root_->ne[2] && n_cell_ == root_->ne[1] &&
+    return keep_keys == (keys_ != nullptr) && is_of(*plan.k_root) && layouts_.get() == layouts &&
            n_head_kv_ == plan.n_head_kv && head_dim_ == static_cast<int32_t>(plan.k->ne[0]) &&
-           type_ == static_cast<int32_t>(plan.k->type) && rotation_ == plan.rotation &&
-           row_bytes_ == static_cast<int64_t>(root_->nb[1]) && head_bytes_ == static_cast<int64_t>(plan.k->nb[2]);
+           rotation_ == plan.rotation && head_bytes_ == static_cast<int64_t>(plan.k->nb[2]);
 }
 
 int64_t SideIndex::cells_in(int64_t block) const {
@@ -55,7 +51,7 @@ void SideIndex::mark_cell(int64_t cell) {
 
 bool SideIndex::mark_bytes(const void * first, size_t size) {
     bool touched = false;
-    for_cells_in(root_data_, row_bytes_, n_stream_ * n_cell_, first, size, [&](int64_t cell) {
+    for_cells_in(root_.data, root_.row_bytes, n_stream_ * n_cell_, first, size, [&](int64_t cell) {
         mark_cell(cell);
         touched = true;
     });
@@ -79,8 +75,8 @@ void SideIndex::clear_marks(int64_t stream, int64_t n_block) {
 // ---- rebuilding ------------------------------------------------------------------------------------------------
 
 void SideIndex::read_key(int64_t stream, int64_t cell, int32_t head, float * out) const {
-    const char * row = static_cast<const char *>(root_data_) + (stream * n_cell_ + cell) * row_bytes_;
-    kv_to_float(type_, row + head * head_bytes_, head_dim_, out);
+    const char * row = static_cast<const char *>(root_.data) + (stream * n_cell_ + cell) * root_.row_bytes;
+    kv_to_float(root_.type, row + head * head_bytes_, head_dim_, out);
     undo_rotation(out, head_dim_, rotation_);
 }
 

@@ -53,7 +53,7 @@ class SideIndex {
     int64_t bytes() const;
     int64_t block_bytes() const; // of all KV heads
 
-    const ggml_tensor * root() const { return root_; }
+    bool is_of(const ggml_tensor & root) const { return root_ == CacheTensor(root); }
 
   private:
     int64_t   cells_in(int64_t block) const; // 64, or less in the last block of a stream
@@ -61,11 +61,10 @@ class SideIndex {
     // A key as floats in the RoPE basis, f32 [head_dim].
     void read_key(int64_t stream, int64_t cell, int32_t head, float * out) const;
 
-    const ggml_tensor *                     root_;
-    const void *                            root_data_;
-    int32_t                                 layer_, n_head_kv_, head_dim_, type_, rotation_;
+    CacheTensor                             root_;
+    int32_t                                 layer_, n_head_kv_, head_dim_, rotation_;
     int64_t                                 n_stream_, n_cell_, blocks_per_stream_; // n_cell_: of one stream
-    int64_t                                 row_bytes_, head_bytes_;
+    int64_t                                 head_bytes_;
     std::shared_ptr<const Profile::Layouts> layouts_;
     std::vector<Aligned<uint8_t>>           data_;  // per KV head, stream by stream
     Aligned<float>                          keys_;  // see keys()

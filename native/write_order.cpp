@@ -12,17 +12,17 @@ bool has(const WriteOrder::Words & words, int32_t cell) {
 
 } // namespace
 
-WriteOrder::WriteOrder(const ggml_tensor * root) : root_(root), logs_(root->ne[2]) {
+WriteOrder::WriteOrder(const ggml_tensor * root) : root_(*root), logs_(root_.n_stream) {
     for (Log & log : logs_) {
-        log.latest.assign(root->ne[1], -1);
-        log.known.assign((root->ne[1] + 63) / 64, 0);
+        log.latest.assign(root_.n_cell, -1);
+        log.known.assign((root_.n_cell + 63) / 64, 0);
         log.begin = 0;
     }
 }
 
 void WriteOrder::cell_written(int64_t cell) {
-    const int64_t n_cell = root_->ne[1];
-    if (cell < 0 || cell >= n_cell * root_->ne[2]) {
+    const int64_t n_cell = root_.n_cell;
+    if (cell < 0 || cell >= n_cell * root_.n_stream) {
         return;
     }
     Log &      log       = logs_[cell / n_cell];
@@ -39,7 +39,7 @@ void WriteOrder::cell_written(int64_t cell) {
 }
 
 void WriteOrder::bytes_written(const void * first, size_t size) {
-    for_cells_in(root_->data, static_cast<int64_t>(root_->nb[1]), root_->ne[1] * root_->ne[2], first, size,
+    for_cells_in(root_.data, root_.row_bytes, root_.n_cell * root_.n_stream, first, size,
                  [this](int64_t cell) { cell_written(cell); });
 }
 

@@ -21,6 +21,23 @@ void for_cells_in(const void * cache, int64_t row, int64_t n, const void * first
     }
 }
 
+// A cache tensor by where it lies and how. An rpc-server makes new ggml_tensors for each graph that it receives, so
+// their own addresses tell nothing; the memory goes only with its buffer, which is watched.
+struct CacheTensor {
+    const void * data;
+    int64_t      n_cell, n_stream, row_bytes;
+    int32_t      type;
+
+    explicit CacheTensor(const ggml_tensor & root)
+        : data(root.data), n_cell(root.ne[1]), n_stream(root.ne[2]), row_bytes(static_cast<int64_t>(root.nb[1])),
+          type(root.type) {}
+
+    bool operator==(const CacheTensor & other) const {
+        return data == other.data && n_cell == other.n_cell && n_stream == other.n_stream &&
+               row_bytes == other.row_bytes && type == other.type;
+    }
+};
+
 class WriteOrder {
   public:
     using Words = std::vector<uint64_t>; // bit c of word b: cell 64 b + c
@@ -28,7 +45,8 @@ class WriteOrder {
     // Of the cache that `root` belongs to. A cell that was never seen to be written is older than all others.
     explicit WriteOrder(const ggml_tensor * root);
 
-    const ggml_tensor * root() const { return root_; } // all layers are written alike: one of them is followed
+    // All layers are written alike: one of them is followed.
+    bool follows(const ggml_tensor & root) const { return root_ == CacheTensor(root); }
 
     void cell_written(int64_t cell); // as SET_ROWS numbers them, through all streams
     void bytes_written(const void * first, size_t size);
@@ -49,8 +67,8 @@ class WriteOrder {
 
     static void forget_old_entries(Log & log);
 
-    const ggml_tensor * root_;
-    std::vector<Log>    logs_;
+    CacheTensor      root_;
+    std::vector<Log> logs_;
 };
 
 } // namespace fasa

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from pyfasa import cli_profiles, console
+from pyfasa import cli_plugin, cli_profiles, console
 from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
     Chunks,
@@ -261,6 +261,9 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command()(cli_plugin.env)
+# options of the tool are its own, also without "--"
+app.command("exec", context_settings={"allow_interspersed_args": False})(cli_plugin.execute)
 app.command()(doctor)
 app.command()(demo)
 

@@ -10,14 +10,16 @@ from typing import Any
 
 from pyfasa.attach import Attachment
 from pyfasa.errors import ProfileError
-from pyfasa.native import Config, Counters, Scorer, Session, Timings, check_config
+from pyfasa.native import (
+    PAYS_FROM,
+    Config,
+    Counters,
+    Scorer,
+    Session,
+    Timings,
+    check_config,
+)
 from pyfasa.profile import Profile
-
-# From how many times the budget on selecting cells is faster than dense attention. A GPU's dense attention is
-# fast: there the fixed costs of the stages weigh more (measured on an H100, docs/cuda.md).
-PAYS_FROM = 2
-PAYS_FROM_CUDA = 7
-PAYS_FROM_CUDA_F16 = 14
 
 
 def make_config(

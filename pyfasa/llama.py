@@ -14,8 +14,8 @@ import llama_cpp
 
 from pyfasa.attach import Attachment, ProfileArgument, attach
 from pyfasa.errors import DenseWarning, HostError, ModelFileError
-from pyfasa.handle import PAYS_FROM, PAYS_FROM_CUDA, PAYS_FROM_CUDA_F16, Fasa, make_config
-from pyfasa.native import KV_TYPES, cuda
+from pyfasa.handle import Fasa, make_config
+from pyfasa.native import KV_TYPES, PAYS_FROM, PAYS_FROM_CUDA, PAYS_FROM_CUDA_F16, cuda
 
 
 def kv_type(value: int | str | None, argument: str) -> int | None:

@@ -5,6 +5,7 @@ Imports stand inside, so that tests that need no compiled core run without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pyfasa import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Minutes long, and they need llama.cpp's tools: make test-tools
+collect_ignore = [] if os.environ.get("PYFASA_TOOLS") else ["tools"]
 
 
 @pytest.fixture(scope="session")

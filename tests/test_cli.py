@@ -25,6 +25,8 @@ COMMANDS = [
     "inspect",
     "bench",
     "eval",
+    "env",
+    "exec",
     "doctor",
     "demo",
 ]  # as in README.md

@@ -15,7 +15,7 @@ import pytest
 from pyfasa import native
 from pyfasa._native import ffi, lib
 from pyfasa.errors import HostError
-from pyfasa.native import call, host, session, stages
+from pyfasa.native import call, host, profile_file, session, stages
 from test_index import HEADS, Head, every_head, fresh_rng
 from test_profile import make_identity, make_profile
 
@@ -264,7 +264,9 @@ def test_every_declared_function_is_bound() -> None:
 
 def test_the_wrapper_calls_every_function_that_is_declared() -> None:
     """A function that Python does not use is either dead or forgotten."""
-    sources = "".join(inspect.getsource(module) for module in (call, host, session, stages))
+    sources = "".join(
+        inspect.getsource(module) for module in (call, host, profile_file, session, stages)
+    )
     used = set(re.findall(r"lib\.(fasa_\w+)", sources))
     assert used == set(declared())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -266,6 +267,32 @@ def cuda_stage_table() -> str:
     return markdown(["depth", "K/V", "bits", "stage", "MB", "floor us", "us", "ratio"], rows)
 
 
+def plugin_table() -> str:
+    """Medians of stock llama-bench, with the plugin idle, and with FASA."""
+    speed: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for r in read("plugin.csv"):
+        modes = speed.setdefault((r["n_depth"], r["kv_type"]), {})
+        modes.setdefault(r["mode"], []).append(number(r["tokens_per_s"]))
+    rows = []
+    for (depth, kv_type), modes in sorted(speed.items(), key=lambda item: int(item[0][0])):
+        stock, idle, fasa = (statistics.median(modes[mode]) for mode in ("stock", "idle", "fasa"))
+        speeds = [f"{found:.1f}" for found in (stock, idle, fasa)]
+        ratios = [f"{idle / stock:.3f}", f"**{fasa / stock:.2f} x**"]
+        rows.append([f"{int(depth):,}", kv_type, *speeds, *ratios])
+    header = ["depth", "K/V", "stock t/s", "idle t/s", "FASA t/s", "idle / stock", "FASA / stock"]
+    machines = {f"{r['machine']}, {r['n_threads']} threads" for r in read("plugin.csv")}
+    return markdown(header, rows) + f"\n\n{'; '.join(sorted(machines))}; `make bench-plugin`."
+
+
+def plugin_kld_table() -> str:
+    rows = [
+        [f"{int(r['budget']):,}" if r["budget"] else "dense", r["mean_kld"], r["median_kld"], r["p99_kld"],
+         f"{number(r['same_top']):.1f} %"]
+        for r in read("plugin-kld.csv")
+    ]  # fmt: skip
+    return markdown(["budget", "mean KLD", "median", "99th percentile", "same top token"], rows)
+
+
 def put(path: Path, tables: dict[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -283,6 +310,8 @@ def main() -> None:
         "rows": rows_table(),
         "cuda": cuda_table(),
         "cuda-stages": cuda_stage_table(),
+        "plugin": plugin_table(),
+        "plugin-kld": plugin_kld_table(),
         "answers": answers_table(),
         "kld": kld_table(),
         "outliers": outliers_table(),

@@ -453,7 +453,7 @@ bool Decoder::bytes_written(const void * first, size_t size) {
 
 void Decoder::buffer_freed(ggml_backend_buffer_t buffer) {
     for (auto it = indexes_.begin(); it != indexes_.end();) {
-        const bool gone = it->second != nullptr && it->second->root()->buffer == buffer;
+        const bool gone = it->second != nullptr && it->second->is_in(buffer);
         it              = gone ? indexes_.erase(it) : std::next(it);
     }
     forget();

@@ -46,17 +46,16 @@ bool has_kernels(const std::vector<Layout> & layouts, int32_t n_head_kv) {
 
 DeviceIndex::DeviceIndex(const std::shared_ptr<Stream> & stream, const Plan & plan,
                          std::shared_ptr<const Profile::Layouts> layouts)
-    : root_(plan.k_root), root_data_(root_->data), n_cell_(root_->ne[1]), n_stream_(root_->ne[2]),
-      blocks_per_stream_(n_blocks(n_cell_)), n_head_kv_(plan.n_head_kv), type_(plan.k->type), rotation_(plan.rotation),
-      layouts_(std::move(layouts)), built_(n_stream_, 0) {
-    const auto heads = head_layouts((*layouts_)[plan.layer], n_head_kv_, n_stream_ * blocks_per_stream_);
+    : root_(*plan.k_root), buffer_(plan.k_root->buffer), blocks_per_stream_(n_blocks(root_.n_cell)),
+      n_head_kv_(plan.n_head_kv), rotation_(plan.rotation), layouts_(std::move(layouts)), built_(root_.n_stream, 0) {
+    const auto heads = head_layouts((*layouts_)[plan.layer], n_head_kv_, root_.n_stream * blocks_per_stream_);
     for (const HeadLayout & h : heads) {
         block_bytes_ += h.block_bytes;
         max_block_bytes_ = std::max(max_block_bytes_, h.block_bytes);
     }
     heads_ = Memory<HeadLayout>(stream, n_head_kv_);
-    data_  = Memory<uint8_t>(stream, n_stream_ * blocks_per_stream_ * block_bytes_);
-    const std::vector<float> none(plan.n_head * FASA_MAX_ROWS * n_stream_, kNoFilter);
+    data_  = Memory<uint8_t>(stream, root_.n_stream * blocks_per_stream_ * block_bytes_);
+    const std::vector<float> none(plan.n_head * FASA_MAX_ROWS * root_.n_stream, kNoFilter);
     filters_ = Memory<float>(stream, static_cast<int64_t>(none.size()));
     check(stream->api(),
           stream->api()->upload(stream->device(), filters_.get(), none.data(), none.size() * sizeof(float)),
@@ -67,17 +66,16 @@ DeviceIndex::DeviceIndex(const std::shared_ptr<Stream> & stream, const Plan & pl
 }
 
 bool DeviceIndex::serves(const Plan & plan, const Profile::Layouts * layouts) const {
-    return root_ == plan.k_root && root_data_ == plan.k_root->data && layouts_.get() == layouts &&
-           n_cell_ == root_->ne[1] && n_stream_ == root_->ne[2] && n_head_kv_ == plan.n_head_kv &&
-           type_ == static_cast<int32_t>(plan.k->type) && rotation_ == plan.rotation;
+    return root_ == CacheTensor(*plan.k_root) && layouts_.get() == layouts && n_head_kv_ == plan.n_head_kv &&
+           rotation_ == plan.rotation;
 }
 
 void DeviceIndex::mark_all() { std::fill(built_.begin(), built_.end(), 0); }
 
 bool DeviceIndex::mark_bytes(const void * first, size_t size) {
-    const auto * begin = static_cast<const char *>(root_data_);
+    const auto * begin = static_cast<const char *>(root_.data);
     const auto * at    = static_cast<const char *>(first);
-    if (at + size <= begin || at >= begin + ggml_nbytes(root_)) {
+    if (at + size <= begin || at >= begin + root_.row_bytes * root_.n_cell * root_.n_stream) {
         return false;
     }
     mark_all();
@@ -85,7 +83,7 @@ bool DeviceIndex::mark_bytes(const void * first, size_t size) {
 }
 
 Index DeviceIndex::view(const Plan & plan) const {
-    return {data_.get(), heads_.get(), blocks_per_stream_, plan.first_stream, n_cell_, n_stream_, rotation_};
+    return {data_.get(), heads_.get(), blocks_per_stream_, plan.first_stream, root_.n_cell, root_.n_stream, rotation_};
 }
 
 } // namespace fasa::gpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "../write_order.h"
 #include "memory.h"
 
 namespace fasa::gpu {
@@ -28,18 +29,18 @@ class DeviceIndex {
     // Cells from the start of a stream that are up to date; what lies beyond has never been in sight since.
     int64_t & built(int64_t stream) { return built_[stream]; }
 
-    Index               view(const Plan & plan) const;
-    float *             filters() const { return filters_.get(); }
-    int64_t             bytes() const { return data_.size(); }
-    int64_t             block_bytes() const { return block_bytes_; } // of all KV heads
-    int32_t             max_block_bytes() const { return max_block_bytes_; }
-    const ggml_tensor * root() const { return root_; }
+    Index   view(const Plan & plan) const;
+    float * filters() const { return filters_.get(); }
+    int64_t bytes() const { return data_.size(); }
+    int64_t block_bytes() const { return block_bytes_; } // of all KV heads
+    int32_t max_block_bytes() const { return max_block_bytes_; }
+    bool    is_in(ggml_backend_buffer_t buffer) const { return buffer_ == buffer; }
 
   private:
-    const ggml_tensor *                     root_;
-    const void *                            root_data_;
-    int64_t                                 n_cell_, n_stream_, blocks_per_stream_;
-    int32_t                                 n_head_kv_, type_, rotation_;
+    CacheTensor                             root_;
+    ggml_backend_buffer_t                   buffer_; // that holds it
+    int64_t                                 blocks_per_stream_;
+    int32_t                                 n_head_kv_, rotation_;
     std::shared_ptr<const Profile::Layouts> layouts_;
     Memory<HeadLayout>                      heads_;
     Memory<uint8_t>                         data_;

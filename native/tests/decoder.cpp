@@ -132,6 +132,17 @@ ggml_tensor * Decoder::view(ggml_context * ctx, ggml_tensor * cache, int64_t n_k
     return cache->type == GGML_TYPE_F32 ? ggml_cast(ctx, heads, GGML_TYPE_F16) : heads; // as llama.cpp does
 }
 
+ggml_tensor * Decoder::root(ggml_context * ctx, ggml_tensor * cache) const {
+    if (!received_) {
+        return cache;
+    }
+    ggml_tensor * copy = ggml_dup_tensor(ctx, cache);
+    copy->data         = cache->data;
+    copy->buffer       = cache->buffer;
+    ggml_set_name(copy, cache->name);
+    return copy;
+}
+
 std::vector<float> Decoder::run(const Step & step, const Extra & before, const Extra & after) {
     const Context  ctx   = new_context();
     ggml_context * c     = ctx.get();
@@ -146,6 +157,8 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
     ggml_tensor * k      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
     ggml_tensor * v      = ggml_new_tensor_2d(c, GGML_TYPE_F32, row, std::max<int64_t>(1, n_new));
     ggml_tensor * cells  = ggml_new_tensor_1d(c, GGML_TYPE_I64, std::max<int64_t>(1, n_new));
+    ggml_tensor * k_root = root(c, k_);
+    ggml_tensor * v_root = root(c, v_);
     ggml_cgraph * graph  = ggml_new_graph(c);
     const auto    expand = [&](const Extra & extra) {
         for (ggml_tensor * t : extra != nullptr ? extra(c, *this) : std::vector<ggml_tensor *>()) {
@@ -153,14 +166,14 @@ std::vector<float> Decoder::run(const Step & step, const Extra & before, const E
         }
     };
     if (n_new > 0) {
-        for (const auto & [cache, rows] : {std::pair{k_, k}, std::pair{v_, v}}) {
+        for (const auto & [cache, rows] : {std::pair{k_root, k}, std::pair{v_root, v}}) {
             ggml_tensor * all = ggml_reshape_2d(c, cache, row, shape_.n_cell * n_str);
             ggml_build_forward_expand(graph, ggml_set_rows(c, all, rows, cells));
         }
     }
     expand(before);
-    ggml_tensor * out =
-        ggml_flash_attn_ext(c, q, view(c, k_, n_kv), view(c, v_, n_kv), mask, shape_.scale(), 0.0f, shape_.softcap);
+    ggml_tensor * out = ggml_flash_attn_ext(c, q, view(c, k_root, n_kv), view(c, v_root, n_kv), mask, shape_.scale(),
+                                            0.0f, shape_.softcap);
     if (shape_.sinks) {
         ggml_flash_attn_ext_add_sinks(out, sinks);
     }

@@ -86,6 +86,9 @@ class Decoder {
     // A tensor of the last graph by name, f32.
     const std::vector<float> & read(const std::string & name) const { return named_.at(name); }
 
+    // From now on each graph has caches that are new tensors over the old memory, as an rpc-server makes them.
+    void receive_graphs() { received_ = true; }
+
     // Frees the caches before the decoder goes.
     void free_cache() { buffer_.reset(); }
 
@@ -95,6 +98,7 @@ class Decoder {
 
   private:
     ggml_tensor * view(ggml_context * ctx, ggml_tensor * cache, int64_t n_kv) const;
+    ggml_tensor * root(ggml_context * ctx, ggml_tensor * cache) const;
 
     Shape          shape_;
     ggml_backend_t backend_;
@@ -102,6 +106,7 @@ class Decoder {
     ggml_tensor *  k_;
     ggml_tensor *  v_;
     Buffer         buffer_;
+    bool           received_ = false;
 
     std::map<std::string, std::vector<float>> named_; // what extra nodes computed
 };

@@ -230,3 +230,19 @@ TEST(set_rows_through_a_view_of_the_cache) {
     s.decoder.run(attention_only(rng, s.shape), write);
     check_next(s, rng);
 }
+
+TEST(graphs_whose_tensors_are_new_each_time_keep_their_index) {
+    std::mt19937 rng = fresh_rng();
+    for (const Shape & shape : both_types()) {
+        const Case text(shape.text());
+        Setup      s{shape};
+        s.decoder.receive_graphs();
+        prompt(s, rng);
+        CHECK_EQUAL(check_next(s, rng), 0);
+        s.decoder.run(random_step(rng, shape, {kPrompt, 3}, kPrompt + 1)); // indexed as they are written
+        CHECK_EQUAL(check_next(s, rng), 0);
+        const auto bytes = random_rows(rng, shape, 1); // as the command set_tensor of an rpc-client ends
+        ggml_backend_tensor_set(s.decoder.k_cache(), bytes.data(), 5 * bytes.size(), bytes.size());
+        CHECK_EQUAL(check_next(s, rng), 1);
+    }
+}
