@@ -1,6 +1,8 @@
 // The side index of one layer in device memory, and how much of it is up to date.
 #pragma once
 
+#include <ggml-backend.h>
+
 #include <memory>
 #include <vector>
 
