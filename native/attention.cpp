@@ -208,7 +208,12 @@ void Scratch::reserve(int64_t heads, int64_t blocks) {
 }
 
 void run_node(ggml_tensor *, int ith, int nth, void * userdata) {
-    const auto & w = *static_cast<const NodeWork *>(userdata);
+    const auto & w     = *static_cast<const NodeWork *>(userdata);
+    const int    limit = w.config->n_threads > 0 ? std::min(nth, w.config->n_threads) : nth;
+    if (ith >= limit) { // ggml's barrier behind the node is where it waits for the others
+        return;
+    }
+    nth = limit;
     if (w.captured != nullptr) {
         run_capture(w, ith, nth);
     } else if (w.scorer != nullptr) {

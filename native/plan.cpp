@@ -9,6 +9,10 @@
 #include "half.h"
 #include "kernels.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace fasa {
 
 namespace {
@@ -65,6 +69,26 @@ int64_t first_stream(const ggml_tensor * k, const ggml_tensor * root) {
     return first + k->ne[3] <= root->ne[2] ? first : -1;
 }
 
+// Bit c: cell c of up to 64 is visible. Where every layer is a graph of its own, as with weights on a GPU and the cache
+// in system memory, masks are read once per layer.
+uint64_t visible_word(const uint16_t * mask, int64_t size) {
+    uint64_t word = 0;
+    int64_t  c    = 0;
+#if defined(__SSE2__)
+    const __m128i hidden = _mm_set1_epi16(static_cast<int16_t>(kHalfMinusInf));
+    for (; c + 16 <= size; c += 16) {
+        const __m128i a    = _mm_loadu_si128(reinterpret_cast<const __m128i *>(mask + c));
+        const __m128i b    = _mm_loadu_si128(reinterpret_cast<const __m128i *>(mask + c + 8));
+        const __m128i both = _mm_packs_epi16(_mm_cmpeq_epi16(a, hidden), _mm_cmpeq_epi16(b, hidden));
+        word |= static_cast<uint64_t>(~_mm_movemask_epi8(both) & 0xffff) << c;
+    }
+#endif
+    for (; c < size; ++c) {
+        word |= static_cast<uint64_t>(mask[c] != kHalfMinusInf) << c;
+    }
+    return word;
+}
+
 bool mask_fits(const ggml_tensor * node) {
     const ggml_tensor * q    = node->src[0];
     const ggml_tensor * mask = node->src[3];
@@ -87,12 +111,9 @@ Visible & MaskCache::read(const ggml_tensor * mask, int64_t stream, int64_t row)
         const int64_t n = mask->ne[0];
         entry->words.assign((n + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS, 0);
         for (int64_t b = 0; b < static_cast<int64_t>(entry->words.size()); ++b) {
-            const int64_t size = std::min<int64_t>(FASA_BLOCK_CELLS, n - b * FASA_BLOCK_CELLS);
-            uint64_t      word = 0;
-            for (int64_t c = 0; c < size; ++c) {
-                word |= static_cast<uint64_t>(p[b * FASA_BLOCK_CELLS + c] != kHalfMinusInf) << c;
-            }
-            entry->words[b] = word;
+            const int64_t  first = b * FASA_BLOCK_CELLS;
+            const uint64_t word  = visible_word(p + first, std::min<int64_t>(FASA_BLOCK_CELLS, n - first));
+            entry->words[b]      = word;
             entry->n_cell += __builtin_popcountll(word);
             entry->n_block = word != 0 ? b + 1 : entry->n_block;
         }

@@ -43,6 +43,9 @@ void check_config(const fasa_config & c) {
     if (c.bits != 0 && !width_exists(c.bits)) {
         fail(FASA_STATUS_ARGUMENT, "index_bits is %d; 1, 2, 4 or 8 bits exist.", c.bits);
     }
+    if (c.n_threads < 0) {
+        fail(FASA_STATUS_ARGUMENT, "n_threads is %d; it must be 0 for all threads, or how many.", c.n_threads);
+    }
     if (c.max_rows < 0 || c.max_rows > FASA_MAX_ROWS) {
         fail(FASA_STATUS_ARGUMENT, "max_rows is %d; it must be from 0 to %d query rows.", c.max_rows, FASA_MAX_ROWS);
     }

@@ -163,6 +163,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "budget huge": ({"budget": 10**30}, "from 1 to"),
     "bits": ({"bits": 3}, "index_bits is 3"),
     "n_fc": ({"n_fc": 100}, "PYFASA_N_FC is 100; the profile ranks 32"),
+    "threads": ({"threads": -2}, "PYFASA_THREADS is '-2'"),
     "rows": ({"max_rows": 65}, "PYFASA_MAX_ROWS is '65'"),
     "sinks": ({"sinks": 1000}, "exceed the budget"),
     "log": ({"log": "yes"}, "PYFASA_LOG is 'yes'"),

@@ -59,6 +59,7 @@ fasa_config hostile_config(Input & in) {
     c.n_fc        = in.number<int32_t>(0, 128);
     c.bits        = in.chance(2) ? 0 : in.number<int32_t>(1, 8);
     c.max_rows    = in.number<int32_t>(0, FASA_MAX_ROWS);
+    c.n_threads   = in.number<int32_t>(0, 3);
     c.min_ctx     = in.number<int32_t>(0, 4096);
     c.sinks       = in.number<int32_t>(0, 8);
     c.recent      = in.number<int32_t>(0, 8);

@@ -99,6 +99,7 @@ std::string to_json(const Totals & totals, const Settings & settings, const Prof
     used.put("max_rows", c.max_rows);
     used.put("sinks", c.sinks);
     used.put("recent", c.recent);
+    used.put("n_threads", c.n_threads); // 0: all of the tool's
     used.put("verify", c.verify);
 
     Object nodes(4);

@@ -99,11 +99,12 @@ TEST(the_environment_becomes_settings) {
                                       {"PYFASA_MAX_ROWS", "1"},
                                       {"PYFASA_SINKS", "2"},
                                       {"PYFASA_RECENT", "3"},
+                                      {"PYFASA_THREADS", "6"},
                                       {"PYFASA_VERIFY", "1"}});
     CHECK(all.profile == "p" && all.stats == "s" && all.log && all.min_ctx_is_given);
     const fasa_config & c = all.config;
     CHECK(c.budget == 64 && c.n_fc == 5 && c.bits == 4 && c.min_ctx == 0 && c.max_rows == 1 && c.sinks == 2);
-    CHECK(c.recent == 3 && c.verify == 1);
+    CHECK(c.recent == 3 && c.n_threads == 6 && c.verify == 1);
 }
 
 TEST(bad_settings_are_told_with_value_and_limit) {

@@ -197,6 +197,28 @@ TEST(threads_share_a_node_without_races) {
     }
 }
 
+TEST(fewer_threads_than_there_are_do_the_same) {
+    std::mt19937                    rng   = fresh_rng();
+    const Shape                     shape = shape_of(6, 2);
+    const AllChunks                 profile(shape);
+    const std::vector<Step>         steps = conversation(rng, shape);
+    Threaded                        alone(profile.view, config_for(12), shape, 1);
+    std::vector<std::vector<float>> one;
+    for (const Step & step : steps) {
+        one.push_back(alone.run(step));
+    }
+    for (const int32_t limit : {1, 2, 3, 7, 100}) {
+        const Case  c("limit " + std::to_string(limit));
+        fasa_config config = config_for(12);
+        config.n_threads   = limit;
+        Threaded threaded(profile.view, config, shape, 7);
+        for (size_t i = 0; i < steps.size(); ++i) {
+            CHECK_AT_MOST(nmse(threaded.run(steps[i]), one[i]), kMaxThreadSum);
+        }
+        CHECK_EQUAL(threaded.session().counters().cells_attended, alone.session().counters().cells_attended);
+    }
+}
+
 TEST(threads_capture_queries_without_races) {
     std::mt19937 rng    = fresh_rng();
     const Shape  shape  = shape_of(6, 2);

@@ -32,6 +32,7 @@ class Config:
     verify: bool = False
     capture: bool = False
     isa: int = ISA_AUTO
+    n_threads: int = 0
 
 
 @dataclass(frozen=True)
