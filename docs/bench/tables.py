@@ -249,6 +249,21 @@ def cuda_table() -> str:
     return markdown([*header, "ratio", "cells attended"], rows)
 
 
+def cuda_short_table() -> str:
+    """The same for newcomers: the index of default size, and the depths between which something happens."""
+    rows = []
+    for name, place in (("q8_0", "GPU"), ("f16", "GPU"), ("host-f16", "system memory")):
+        data = read(f"cuda-{name}.csv")
+        for dense, fasa in zip(data[::2], data[1::2], strict=True):
+            if fasa["index_bits"] == "4" and int(fasa["n_depth"]) in (4096, 32768, 131072):
+                d, f = number(dense["median_ts"]), number(fasa["median_ts"])
+                depth = f"{int(fasa['n_depth']):,}"
+                speeds = [f"{d:.1f}", f"{f:.1f}", f"**{f / d:.1f} x**"]
+                rows.append([depth, fasa["type_k"], place, *speeds])
+    header = ["tokens in the cache", "K/V", "cache in", "llama.cpp t/s", "pyfasa t/s", "ratio"]
+    return markdown(header, rows)
+
+
 def cuda_stage_table() -> str:
     """Time of each stage of one layer against the time its bytes take at 3.0 TB/s."""
     rows = [
@@ -309,6 +324,7 @@ def main() -> None:
         "layouts": layouts_table(),
         "rows": rows_table(),
         "cuda": cuda_table(),
+        "cuda-short": cuda_short_table(),
         "cuda-stages": cuda_stage_table(),
         "plugin": plugin_table(),
         "plugin-kld": plugin_kld_table(),
