@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyfasa.calibration import calibrate
     from pyfasa.llama import Llama
+    from pyfasa.patching import patch, unpatch
     from pyfasa.profile import Profile
 
-__all__ = ["Llama", "Profile", "__version__", "calibrate"]
+__all__ = ["Llama", "Profile", "__version__", "calibrate", "patch", "unpatch"]
 
-_HOMES = {"Llama": "pyfasa.llama", "Profile": "pyfasa.profile", "calibrate": "pyfasa.calibration"}
+_HOMES = {
+    "Llama": "pyfasa.llama", "Profile": "pyfasa.profile", "calibrate": "pyfasa.calibration",
+    "patch": "pyfasa.patching", "unpatch": "pyfasa.patching",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

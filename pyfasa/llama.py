@@ -167,9 +167,14 @@ def _pays_from(type_k: int | None, kwargs: dict[str, Any]) -> int:
     return PAYS_FROM_CUDA_F16 if half else PAYS_FROM_CUDA
 
 
+# Arguments of former llama_cpp.Llama, which it has ignored since; LangChain passes the first two.
+_FORMER = frozenset({"f16_kv", "n_parts", "low_vram", "mul_mat_q", "n_gqa", "rms_norm_eps"})
+
+
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    known = inspect.signature(llama_cpp.Llama.__init__).parameters
-    unknown = sorted(name for name in kwargs if name not in known)
+    # Not by name: pyfasa.patch() lets llama_cpp.Llama mean this class.
+    known = inspect.signature(Llama.__mro__[1].__init__).parameters  # type: ignore[misc]
+    unknown = sorted(set(kwargs) - set(known) - _FORMER)
     if unknown:
         raise TypeError(
             f"Unknown argument {', '.join(unknown)}: neither pyfasa.Llama nor llama_cpp.Llama has it."
