@@ -211,8 +211,7 @@ __global__ void __launch_bounds__(kWarps * kWarp)
     }
 }
 
-// ---- prepare: the first phase of a node
-// ------------------------------------------------------------------------------
+// ---- prepare: the first phase of a node ----------------------------------------------------------
 
 __device__ void prepare_query(const Node & node, int query, float * q, int lane) {
     const int     head = query % node.n_head, row = query / node.n_head % node.n_rows;

@@ -7,184 +7,18 @@
 // Most tokens take a shorter way to their candidates. Queries of following tokens score much alike, so select leaves a
 // filter for the next token, which about twice the budget of cells should reach; score marks those that do, and the
 // best of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
-#include <cfloat>
-#include <climits>
-
-#include <math_constants.h>
-
-#include "block.cuh"
 #include "kernels.cuh"
+#include "kth.cuh"
 
 namespace fasa::gpu {
 
 namespace {
 
-constexpr int kBins   = 2048;
-constexpr int kList   = 1024; // values of the last bin that are ranked one against another
-constexpr int kHeld   = 6144; // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
-constexpr int kPerRun = 16;   // peaks of a thread in registers: contexts up to 131,072 cells
-
-struct alignas(16) Shared {
-    Exchange exchange;
-    union {
-        int32_t bins[kBins];
-        float   list[kList];
-    };
-    union {
-        float   values[kHeld];
-        int32_t groups[kHeld]; // before the values are known: the peaks that reach the floor
-    };
-    int32_t cells[kHeld];
-    int32_t bin, above, count, total;
-    float   result;
-    float   floor, least; // of a selection from peaks: what its candidates reached, and its least value
-    int32_t reached;      // how many candidates
-};
-
-// ---- values to choose from: consecutive ones per thread, so that a sum over threads gives their order
-// ----------------
-
-template <int N> struct Registers {
-    float x[N]; // -inf where there is none
-
-    // f(value, place among the thread's own)
-    template <typename F> __device__ void each(F && f) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            f(x[i], i);
-        }
-    }
-};
-
-struct InMemory { // this thread's part of an array
-    const float * x;
-    int           n;
-
-    template <typename F> __device__ void each(F && f) const {
-        for (int i = 0; i < n; ++i) {
-            f(x[i], i);
-        }
-    }
-};
-
-__device__ InMemory part_of(const float * x, int n) {
-    const int share = (n + kThreads - 1) / kThreads;
-    const int first = min(n, static_cast<int>(threadIdx.x) * share);
-    return {x + first, min(share, n - first)};
-}
-
-// ---- the k-th largest
-// ------------------------------------------------------------------------------------------------
-
-// Monotone: multiplication by a positive number and subtraction round monotonically, so bins keep the order of values.
-// The factor keeps hi - lo and its inverse inside the range of floats.
-struct Binning {
-    float lo, factor, per_bin;
-
-    __device__ explicit Binning(const Range & r) {
-        factor  = r.hi - r.lo > FLT_MAX ? 0.5f : r.hi - r.lo < 1e-30f ? 0x1p100f : 1.0f;
-        lo      = r.lo * factor;
-        per_bin = (kBins - 1) / (r.hi * factor - lo);
-    }
-    __device__ int operator()(float x) const {
-        return static_cast<int>(fminf(static_cast<float>(kBins - 1), (x * factor - lo) * per_bin));
-    }
-};
-
-// The bin in which the k-th largest value lies: sh.bin; sh.above values are in higher bins, sh.count in this one.
-__device__ void find_bin(Shared & sh, Block & block, int k) {
-    // Thread t has the bins 2047 - 2t and 2046 - 2t: sums run from the highest bin down.
-    const int high = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
-    const int a = sh.bins[high], b = sh.bins[high - 1];
-    int       total;
-    const int before = block.exclusive_sum(a + b, &total);
-    if (before < k && before + a >= k) {
-        sh.bin = high, sh.above = before, sh.count = a;
-    } else if (before + a < k && before + a + b >= k) {
-        sh.bin = high - 1, sh.above = before + a, sh.count = b;
-    }
-    sh.total = 0;
-    __syncthreads();
-}
-
-// The k-th largest of the values of one bin, at most kList: each thread ranks one.
-template <typename Values> __device__ float rank_bin(Shared & sh, const Values & values, const Range & r, int k) {
-    const Binning bin(r);
-    const int     at = sh.bin, count = sh.count;
-    values.each([&](float x, int) {
-        if (x >= r.lo && x <= r.hi && bin(x) == at) {
-            sh.list[atomicAdd(&sh.total, 1)] = x; // in the place of bins, which were read before the last barrier
-        }
-    });
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < count) {
-        const float x       = sh.list[threadIdx.x];
-        int         greater = 0, equal = 0;
-        for (int i = 0; i < count; ++i) {
-            greater += sh.list[i] > x ? 1 : 0;
-            equal += sh.list[i] == x ? 1 : 0;
-        }
-        if (greater < k && greater + equal >= k) { // equal values write the same
-            sh.result = x;
-        }
-    }
-    __syncthreads();
-    return sh.result;
-}
-
-// The k-th largest value, or -FLT_MAX when fewer than k are visible.
-template <typename Values> __device__ float kth_largest(Shared & sh, Block & block, const Values & values, int k) {
-    // Forced cells are counted apart: they would stretch the range of all others.
-    Census own = kNobody;
-    values.each([&](float x, int) {
-        own.forced += x == kForced ? 1 : 0;
-        if (x >= -FLT_MAX && x < kForced) {
-            ++own.plain;
-            own.range.widen(x);
-        }
-    });
-    const Census all = block.census(own);
-    if (all.forced >= k || all.forced + all.plain < k) {
-        return all.forced >= k ? kForced : -FLT_MAX;
-    }
-    k -= all.forced;
-    Range r = all.range;
-    while (r.lo < r.hi) {
-        const Binning bin(r);
-        for (int i = threadIdx.x; i < kBins; i += kThreads) {
-            sh.bins[i] = 0;
-        }
-        __syncthreads();
-        values.each([&](float x, int) {
-            if (x >= r.lo && x <= r.hi) {
-                atomicAdd(sh.bins + bin(x), 1);
-            }
-        });
-        __syncthreads();
-        find_bin(sh, block, k);
-        k -= sh.above;
-        if (sh.count <= kList) {
-            return rank_bin(sh, values, r, k);
-        }
-        // Many values in one bin: its own range is binned next. lo and hi fall into different bins, so this ends.
-        const int at    = sh.bin;
-        Census    inner = kNobody;
-        values.each([&](float x, int) {
-            if (x >= r.lo && x <= r.hi && bin(x) == at) {
-                inner.range.widen(x);
-            }
-        });
-        r = block.census(inner).range;
-    }
-    return r.lo;
-}
-
-// ---- steps
-// -----------------------------------------------------------------------------------------------------------
+// ---- from peaks ----------------------------------------------------------------------------------------------------
 
 // The peaks that reach the floor, in order, into sh.groups; their number, which is above kHeld when they do not fit.
 template <typename Values>
-__device__ int list_groups(Shared & sh, Block & block, const Values & peaks, int first, float floor) {
+__device__ int list_groups(Selection & sh, Block & block, const Values & peaks, int first, float floor) {
     int own = 0;
     peaks.each([&](float x, int) { own += x >= floor ? 1 : 0; });
     int total;
@@ -208,7 +42,7 @@ __device__ void load_group(const float * scores, int group, float x[kPeak]) {
 
 // Cells that reach the floor, in cell order, into sh.values and sh.cells; their number, which is above kHeld when they
 // do not fit. Scores are read twice: the second time they are near.
-__device__ int gather(Shared & sh, Block & block, const float * scores, int n_group, float floor) {
+__device__ int gather(Selection & sh, Block & block, const float * scores, int n_group, float floor) {
     constexpr int kMost = kHeld / kThreads;
     const int     share = (n_group + kThreads - 1) / kThreads;
     const int     first = static_cast<int>(threadIdx.x) * share;
@@ -251,7 +85,7 @@ __device__ int gather(Shared & sh, Block & block, const float * scores, int n_gr
 // Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
 // the thread's value i.
 template <typename Values, typename Cell>
-__device__ int write_cells(Shared & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
+__device__ int write_cells(Selection & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
                            Cell && cell) {
     int above = 0, equal = 0;
     values.each([&](float x, int) {
@@ -273,7 +107,7 @@ __device__ int write_cells(Shared & sh, Block & block, const Values & values, fl
     return min(limit, n_above + n_equal);
 }
 
-__device__ int write_from_memory(Shared & sh, Block & block, const float * values, const int32_t * cells, int n,
+__device__ int write_from_memory(Selection & sh, Block & block, const float * values, const int32_t * cells, int n,
                                  float t, int limit, int32_t * out) {
     const InMemory own   = part_of(values, n);
     const int      first = static_cast<int>(own.x - values);
@@ -283,7 +117,7 @@ __device__ int write_from_memory(Shared & sh, Block & block, const float * value
 
 // Candidates in registers, when there are few per thread.
 template <int N>
-__device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
+__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
 #pragma unroll
@@ -295,14 +129,14 @@ __device__ int finish(Shared & sh, Block & block, int n, int budget, float floor
     return write_cells(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
-__device__ int finish(Shared & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
+__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
     return n <= 3 * kThreads ? finish<3>(sh, block, n, budget, floor, out, threshold)
                              : finish<kHeld / kThreads>(sh, block, n, budget, floor, out, threshold);
 }
 
 // From the peaks on: floor, candidates, threshold. `first`: the thread's first peak.
 template <typename Values>
-__device__ int select_from(Shared & sh, Block & block, const Values & peaks, int first, int n_peak,
+__device__ int select_from(Selection & sh, Block & block, const Values & peaks, int first, int n_peak,
                            const float * scores, int budget, int32_t * out) {
     const float floor   = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
     const int   n_group = list_groups(sh, block, peaks, first, floor);
@@ -322,7 +156,7 @@ __device__ int select_from(Shared & sh, Block & block, const Values & peaks, int
 
 // N peaks of each thread in registers, four at a time from memory.
 template <int N>
-__device__ int select_in_registers(Shared & sh, Block & block, const float * peaks, int n_peak, const float * scores,
+__device__ int select_in_registers(Selection & sh, Block & block, const float * peaks, int n_peak, const float * scores,
                                    int budget, int32_t * out) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
@@ -335,12 +169,11 @@ __device__ int select_in_registers(Shared & sh, Block & block, const float * pea
     return select_from(sh, block, own, first, n_peak, scores, budget, out);
 }
 
-// ---- from marked cells
-// ------------------------------------------------------------------------------------------------
+// ---- from marked cells ---------------------------------------------------------------------------------------------
 
 // Marked cells in order into sh.cells and their scores into sh.values; their number, which is above kHeld when they do
 // not fit.
-__device__ int gather_marked(Shared & sh, Block & block, const uint32_t * marks, const float * scores, int n_cell) {
+__device__ int gather_marked(Selection & sh, Block & block, const uint32_t * marks, const float * scores, int n_cell) {
     const int words = n_cell / 32; // a multiple of two
     const int share = ((words + kThreads - 1) / kThreads + 1) / 2 * 2, first = static_cast<int>(threadIdx.x) * share;
     const int end  = min(first + share, words);
@@ -378,7 +211,7 @@ __device__ float next_filter(float filter, float t, int n, int budget, float nor
 
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     extern __shared__ __align__(16) uint8_t raw[];
-    Shared &                                sh    = *reinterpret_cast<Shared *>(raw);
+    Selection &                             sh    = *reinterpret_cast<Selection *>(raw);
     const int                               query = blockIdx.x;
     const int     n_cell = static_cast<int>(n_blocks(node.n_kv)) * FASA_BLOCK_CELLS, n_peak = n_cell / kPeak;
     const float * scores = node.scratch.scores + static_cast<int64_t>(query) * n_cell;
@@ -433,12 +266,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
 
 cudaError_t launch_select(const Node & node, cudaStream_t stream) {
     const int n_query = node.n_head * node.n_rows * node.n_stream;
-    select_kernel<<<n_query, kThreads, sizeof(Shared), stream>>>(node);
+    select_kernel<<<n_query, kThreads, sizeof(Selection), stream>>>(node);
     return cudaGetLastError();
 }
 
 cudaError_t prepare_select() {
-    return cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+    return cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Selection));
 }
 
 } // namespace fasa::gpu

@@ -329,8 +329,7 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     return n;
 }
 
-// ---- running
-// ---------------------------------------------------------------------------------------------------------
+// ---- running ----------------------------------------------------------
 
 bool Decoder::is_built(const Graph & graph) const {
     for (const Work & w : graph.work) {
