@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from pyfasa import cli_plugin, cli_profiles, console
+from pyfasa import cli_plugin, cli_profiles, cli_serve, console
 from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
     Chunks,
@@ -264,6 +264,12 @@ app.command("eval")(evaluate)
 app.command()(cli_plugin.env)
 # options of the tool are its own, also without "--"
 app.command("exec", context_settings={"allow_interspersed_args": False})(cli_plugin.execute)
+# every setting of the server is an option, which it reads itself
+app.command(
+    "serve",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(cli_serve.serve)
 app.command()(doctor)
 app.command()(demo)
 

@@ -27,6 +27,7 @@ COMMANDS = [
     "eval",
     "env",
     "exec",
+    "serve",
     "doctor",
     "demo",
 ]  # as in README.md
