@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from pyfasa import cli_plugin, cli_profiles, cli_serve, console
+from pyfasa.cli_chat import chat
 from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
     Chunks,
@@ -252,6 +253,7 @@ def demo(
 # Here, so that `pyfasa --help` lists them as they are used: ask, make a profile, measure, look after the installation.
 for command in (
     run,
+    chat,
     cli_profiles.calibrate,
     cli_profiles.embed,
     cli_profiles.extract,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
@@ -51,9 +51,7 @@ class Group(TyperGroup):
                 # exceptions with an exit code are typer's own: wrong usage, or an exit
                 if debug or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                     raise
-                expected = isinstance(error, (ValueError, RuntimeError, OSError, MemoryError))
-                name = "" if expected and str(error) else f"{type(error).__name__}: "
-                note(f"error: {name}{error}")
+                note(error_line(error))
                 raise typer.Exit(1) from None
 
 
@@ -70,6 +68,13 @@ def stderr() -> Console:
 def note(text: str) -> None:
     """Prints one plain line on stderr; brackets in it stay brackets."""
     stderr().print(text, markup=False, soft_wrap=True)
+
+
+def error_line(error: Exception) -> str:
+    """What is told about an exception: its sentence; before others than are expected, its type."""
+    expected = isinstance(error, (ValueError, RuntimeError, OSError, MemoryError))
+    name = "" if expected and str(error) else f"{type(error).__name__}: "
+    return f"error: {name}{error}"
 
 
 def write(text: str) -> None:
@@ -206,10 +211,19 @@ def profile_tables(source: Path, profile: Profile) -> list[Table]:
 
 def chat_tokens(llm: llama_cpp.Llama, text: str) -> list[int]:
     """Tokens of one user message in the model's chat template; of the bare text if it has none."""
+    return message_tokens(llm, [{"role": "user", "content": text}])
+
+
+def message_tokens(llm: llama_cpp.Llama, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Tokens of a chat that the model is to go on with, in its own template.
+
+    Without a template the bare texts follow each other, with a blank line between.
+    """
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llm.metadata.get("tokenizer.chat_template")
     if template is None:
+        text = "\n\n".join(message["content"] for message in messages)
         return llm.tokenize(text.encode(), add_bos=True, special=True)
 
     def special(token: int) -> str:
@@ -220,7 +234,7 @@ def chat_tokens(llm: llama_cpp.Llama, text: str) -> list[int]:
     chat = Jinja2ChatFormatter(
         template, eos_token=special(llm.token_eos()), bos_token=special(llm.token_bos())
     )
-    prompt = chat(messages=[{"role": "user", "content": text}]).prompt
+    prompt = chat(messages=cast("Any", messages)).prompt
     return llm.tokenize(prompt.encode(), add_bos=False, special=True)
 
 
@@ -268,6 +282,61 @@ class Answer:
         return self.n_steps / self.decode_s if self.decode_s > 0 else 0.0
 
 
+class Stream:
+    """Up to max_tokens after `tokens`, as pieces of text; `answer` tells of those that came so far.
+
+    What of `tokens` is in the cache already is not evaluated again. llm.fasa's counters are reset
+    after the first token, so afterwards they tell about decode steps only.
+    """
+
+    def __init__(
+        self, llm: Llama, tokens: Sequence[int], max_tokens: int, temp: float = 0.0
+    ) -> None:
+        self._llm = llm
+        self._tokens = tokens
+        self._max_tokens = max_tokens
+        self._temp = temp
+        self._pieces: list[str] = []
+        self._made: list[int] = []
+        self._first = self._last = 0.0
+        self._counted = _attached(llm)
+
+    def __iter__(self) -> Iterator[str]:
+        import llama_cpp
+
+        llm, tokens, made = self._llm, self._tokens, self._made
+        vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in llm.generate(tokens, temp=self._temp, repeat_penalty=1.0):
+            self._last = time.perf_counter()
+            if not made:
+                self._first = self._last
+                if self._counted:
+                    llm.fasa.reset()
+            made.append(token)
+            if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                break
+            piece = decoder.decode(llm.detokenize([token], prev_tokens=[*tokens[-1:], *made[:-1]]))
+            self._pieces.append(piece)
+            yield piece
+            if len(made) >= self._max_tokens or llm.n_tokens + 1 >= llm.n_ctx():
+                break
+
+    @property
+    def answer(self) -> Answer:
+        """The text so far, and what it took."""
+        n_steps = max(0, len(self._made) - 1)
+        answer = Answer("".join(self._pieces), n_steps, self._last - self._first, 1.0, {})
+        if not self._counted:
+            return answer
+        counters = self._llm.fasa.counters
+        return replace(
+            answer,
+            cells_read=cells_read(counters.nodes, counters.cells_visible, counters.cells_attended),
+            dense={name: n for name, n in counters.nodes.items() if n and name != "sparse"},
+        )
+
+
 def stream(
     llm: Llama,
     tokens: Sequence[int],
@@ -275,42 +344,11 @@ def stream(
     write: Callable[[str], None],
     temp: float = 0.0,
 ) -> Answer:
-    """Generates up to max_tokens after `tokens` and writes the text piece by piece.
-
-    What of `tokens` is in the cache already is not evaluated again. llm.fasa's counters are reset
-    after the first token, so afterwards they tell about decode steps only.
-    """
-    import llama_cpp
-
-    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces: list[str] = []
-    made: list[int] = []
-    first = last = 0.0
-    attached = _attached(llm)
-    for token in llm.generate(tokens, temp=temp, repeat_penalty=1.0):
-        last = time.perf_counter()
-        if not made:
-            first = last
-            if attached:
-                llm.fasa.reset()
-        made.append(token)
-        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
-            break
-        piece = decoder.decode(llm.detokenize([token], prev_tokens=[*tokens[-1:], *made[:-1]]))
-        pieces.append(piece)
+    """Generates as Stream does, writes the text piece by piece, and returns all of it."""
+    pieces = Stream(llm, tokens, max_tokens, temp)
+    for piece in pieces:
         write(piece)
-        if len(made) >= max_tokens or llm.n_tokens + 1 >= llm.n_ctx():
-            break
-    answer = Answer("".join(pieces), max(0, len(made) - 1), last - first, 1.0, {})
-    if not attached:
-        return answer
-    counters = llm.fasa.counters
-    return replace(
-        answer,
-        cells_read=cells_read(counters.nodes, counters.cells_visible, counters.cells_attended),
-        dense={name: n for name, n in counters.nodes.items() if n and name != "sparse"},
-    )
+    return pieces.answer
 
 
 def _attached(llm: Llama) -> bool:

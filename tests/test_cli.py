@@ -18,6 +18,7 @@ from support import bundled_profile, random_profile
 
 COMMANDS = [
     "run",
+    "chat",
     "calibrate",
     "embed",
     "extract",
@@ -86,6 +87,8 @@ def test_starting_loads_nothing_heavy() -> None:
         ["run", "m.gguf"],
         ["run", "m.gguf", "-p", "x", "-ctk", "q3_0"],
         ["run", "m.gguf", "-p", "x", "-n", "0"],
+        ["chat"],
+        ["chat", "m.gguf", "--cache-size", "-1"],
         ["bench", "-m", "m.gguf", "-d", "12,many"],
         ["bench", "-m", "m.gguf", "-o", "sql"],
         ["embed", "m.gguf"],
@@ -103,6 +106,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     "arguments",
     [
         ["run", "{}", "-p", "x"],
+        ["chat", "{}"],
         ["calibrate", "{}"],
         ["embed", "{}", "out.gguf", "--profile", "{}"],
         ["extract", "{}", "-o", "out.gguf"],
