@@ -24,7 +24,7 @@ CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h na
 	native/cuda/tests/*.cpp native/cuda/tests/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test test-tools check format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection clean
+.PHONY: help setup demo test test-tools check format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-plugin  stock llama-bench as it is, with the plugin idle, and with FASA"
 	@echo "make layouts    the same for index layouts from 3 to 65 bytes per token"
 	@echo "make selection  answers, attention mass and KLD of every selector, into docs/bench and docs/images"
+	@echo "make captures   pictures of the commands and of the page of pyfasa serve, into docs/images; needs chromium"
 	@echo "make format     rewrite sources in the project's format"
 	@echo "make clean      remove builds, keep the environment"
 
@@ -197,6 +198,11 @@ selection: setup
 layouts: setup
 	$(BIN)/python docs/bench/layouts.py $(MODEL) $(THREADS) > docs/bench/layouts.csv
 	$(BIN)/python docs/bench/tables.py
+
+captures: setup
+	$(BIN)/pip install --quiet pyte
+	$(BIN)/python docs/images/terminal.py
+	$(BIN)/python docs/images/page.py $(MODEL)
 
 clean:
 	rm -rf build dist

@@ -6,7 +6,7 @@ import typer
 
 
 def serve(context: typer.Context) -> None:
-    """Serve models over the OpenAI API: chat, completions, embeddings, health and metrics."""
+    """Serve models over the OpenAI API: chat, completions, embeddings, metrics, and a page to chat."""
     try:
         from pyfasa.server.app import serve as run
     except ImportError as error:

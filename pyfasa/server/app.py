@@ -1,7 +1,8 @@
-"""The application: llama-cpp-python's routes, and /health and /metrics."""
+"""The application: llama-cpp-python's routes, /health and /metrics, and the page."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +19,8 @@ from starlette_context.middleware import RawContextMiddleware
 from starlette_context.plugins import RequestIdPlugin
 
 from pyfasa.doctor import pyfasa_version
-from pyfasa.server.clients import Gate
+from pyfasa.server import pages
+from pyfasa.server.clients import OPEN_PATHS, Gate
 from pyfasa.server.errors import respond
 from pyfasa.server.metrics import Metrics
 from pyfasa.server.models import Models
@@ -32,6 +34,7 @@ def create_app(server: ServerSettings, models: list[ModelSettings]) -> FastAPI:
     """
     metrics = Metrics()
     proxy = Models(models, metrics)
+    open_paths = OPEN_PATHS | (pages.FILES.keys() if server.page else set())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -52,7 +55,7 @@ def create_app(server: ServerSettings, models: list[ModelSettings]) -> FastAPI:
                 allow_headers=["*"],
             ),
             Middleware(RawContextMiddleware, plugins=(RequestIdPlugin(),)),
-            Middleware(Gate, api_key=server.api_key, metrics=metrics),
+            Middleware(Gate, api_key=server.api_key, metrics=metrics, open_paths=open_paths),
         ],
     )
     app.state.models = proxy
@@ -64,6 +67,8 @@ def create_app(server: ServerSettings, models: list[ModelSettings]) -> FastAPI:
     upstream.set_ping_message_factory(bytes if server.disable_ping_events else None)  # type: ignore[arg-type]
     _add_routes(app)
     _add_own_routes(app, proxy, metrics)
+    if server.page:
+        pages.add_page(app)
     return app
 
 
@@ -129,6 +134,10 @@ def serve(arguments: Sequence[str]) -> None:
     import uvicorn
 
     server, models = read(arguments)
+    # the page asks twice a second while a request runs, which would push all else out of sight
+    logging.getLogger("uvicorn.access").addFilter(
+        lambda record: "/metrics " not in record.getMessage()
+    )
     uvicorn.run(
         create_app(server, models),
         host=server.host,

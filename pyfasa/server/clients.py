@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from contextvars import ContextVar
 from hmac import compare_digest
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pyfasa.server.errors import ClientGoneError, explain, payload
 from pyfasa.server.metrics import Metrics
 
-OPEN_PATH = "/health"  # for load balancers, which have no key
+OPEN_PATHS = frozenset({"/health"})  # for load balancers, which have no key
 
 
 class Client:
@@ -110,12 +110,19 @@ class _Sender:
 
 
 class Gate:
-    """ASGI middleware. `api_key` guards every path but /health."""
+    """ASGI middleware. `api_key` guards every path that is not open."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        metrics: Metrics,
+        open_paths: Collection[str] = OPEN_PATHS,
+    ) -> None:
         self._app = app
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._metrics = metrics
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -156,7 +163,7 @@ class Gate:
 
     def _may_pass(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._key is None or path == OPEN_PATH:
+        if self._key is None or path in self._open_paths:
             return True
         return compare_digest(Headers(scope=scope).get("authorization", "").encode(), self._key)
 

@@ -85,6 +85,9 @@ class ServerSettings(upstream.ServerSettings):
     interrupt_requests: bool = Field(
         default=False, description="End a streamed answer when the next request comes."
     )
+    page: bool = Field(
+        default=True, description="A page at / to chat and to watch speed and depth."
+    )
 
 
 def read(arguments: Sequence[str]) -> tuple[ServerSettings, list[ModelSettings]]:
