@@ -10,7 +10,7 @@
 
 namespace fasa::gpu {
 
-constexpr int32_t kApiVersion = 1;
+constexpr int32_t kApiVersion = 2;
 
 struct Device;  // a CUDA device: its stream
 struct Capture; // a captured graph of kernels, ready to be launched
@@ -40,6 +40,7 @@ struct Api {
     int32_t (*rebuild)(Device * device, const Node * node, int64_t first_block, int32_t max_block_bytes,
                        int64_t * n_different);
     int32_t (*prepare)(Device * device, const Node * node);
+    int32_t (*encode)(Device * device, const Node * node);
     int32_t (*score)(Device * device, const Node * node);
     int32_t (*select)(Device * device, const Node * node);
     int32_t (*attend)(Device * device, const Node * node);

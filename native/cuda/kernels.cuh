@@ -1,5 +1,6 @@
-// The phases of a node as launches: prepare, score, select, attend, in this order on one stream. None waits for the
-// host.
+// The phases of a node as launches on one stream, in this order: prepare, score, select, attend. None waits for the
+// host. encode writes the index entries of the step's new cells. These are always selected, so that it may come before
+// or after the others; what score reads of them does not matter.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +23,7 @@ cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_b
                            cudaStream_t stream);
 
 cudaError_t launch_prepare(const Node & node, cudaStream_t stream);
+cudaError_t launch_encode(const Node & node, cudaStream_t stream);
 cudaError_t launch_score(const Node & node, cudaStream_t stream);
 cudaError_t launch_select(const Node & node, cudaStream_t stream);
 cudaError_t launch_attend(const Node & node, cudaStream_t stream);

@@ -9,6 +9,7 @@ namespace fasa::gpu {
 
 constexpr int32_t kMaxSlots = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
 constexpr int32_t kSegments = 4;   // 8, 4, 2 and 1 bits
+constexpr int32_t kFresh    = 64;  // new cells of a stream that are always selected
 constexpr int32_t kPeak     = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
 constexpr float   kNoFilter = 3.402823466e38f;
 constexpr float   kForced   = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
@@ -53,8 +54,8 @@ struct Window {
 struct Scratch {
     int8_t *   codes;      // [kMaxSlots, n_query]
     float *    levels;     // [2, kSegments, n_query]: step, bias
-    float *    norms;      // [n_query]: of the query's kept dims, the unit of filters
-    float *    thresholds; // [n_query]: filter in this unit; +inf: none
+    float *    moments;    // [2, n_query]: mean and deviation of a sample of the query's scores; deviation 0: unknown
+    float *    thresholds; // [n_query]: mean + filter * deviation; +inf: none
     float *    scores;     // [64 * n_block, n_query]
     float *    peaks;      // [8 * n_block, n_query]
     int32_t *  n_visible;  // [n_rows * n_stream]
@@ -86,7 +87,7 @@ struct Node {
 
     int32_t budget, min_ctx, n_first, n_last; // first and last visible cells, in cell order
     int32_t max_selected, n_split;
-    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in norms
+    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in deviations
     Scratch scratch;
 };
 

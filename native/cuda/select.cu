@@ -204,9 +204,9 @@ __device__ int gather_marked(Selection & sh, Block & block, const uint32_t * mar
 
 // What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls
 // about exponentially along the tail.
-__device__ float next_filter(float filter, float t, int n, int budget, float norm) {
+__device__ float next_filter(float filter, float t, int n, int budget, float deviation) {
     const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
-    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * norm);
+    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * deviation);
 }
 
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
@@ -219,10 +219,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
     Block         block(sh.exchange);
     const int     n_visible = node.scratch.n_visible[query / node.n_head];
-    const float   norm      = node.scratch.norms[query];
-    const float   passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
-    int           n         = -1;
-    float         filter    = kNoFilter;
+    const float   mean = node.scratch.moments[2 * query], deviation = node.scratch.moments[2 * query + 1];
+    const float   passed = node.scratch.thresholds[query]; // +inf: nothing is marked
+    int           n      = -1;
+    float         filter = kNoFilter;
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
@@ -231,8 +231,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
         const int        n_marked = gather_marked(sh, block, marks, scores, n_cell);
         if (n_marked >= node.budget && n_marked <= kHeld) {
             float t;
-            n      = finish(sh, block, n_marked, node.budget, passed, out, &t);
-            filter = t < kForced ? next_filter(passed, t, n_marked, node.budget, norm) / norm : kNoFilter;
+            n = finish(sh, block, n_marked, node.budget, passed, out, &t);
+            filter =
+                t < kForced ? (next_filter(passed, t, n_marked, node.budget, deviation) - mean) / deviation : kNoFilter;
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
@@ -248,9 +249,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
             const InMemory own = part_of(peaks, n_peak);
             n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
         }
-        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
-            const bool counted = sh.reached <= kHeld && sh.reached >= node.budget;
-            filter = (counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, norm) : sh.floor) / norm;
+        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && deviation > 0.0f) {
+            const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
+            const float next = counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, deviation) : sh.floor;
+            filter           = (next - mean) / deviation;
         }
     }
     if (threadIdx.x == 0) {

@@ -34,6 +34,18 @@ bool may_capture(ggml_cgraph * graph) {
     return true;
 }
 
+// From which node of the graph on, and no later than `at`, an input of node `at` is there.
+int end_of(ggml_cgraph * graph, const ggml_tensor * input, int at) {
+    while (is_view_op(input) && input->src[0] != nullptr) {
+        input = input->src[0];
+    }
+    int i = at;
+    while (i > 0 && ggml_graph_node(graph, i - 1) != input) {
+        --i;
+    }
+    return input->op == GGML_OP_NONE ? 0 : i > 0 ? i : at;
+}
+
 Rows rows_of(const ggml_tensor * t) {
     return {static_cast<const uint8_t *>(t->data),    static_cast<int64_t>(t->nb[1]), static_cast<int64_t>(t->nb[2]),
             static_cast<int64_t>(t->view_src->nb[2]), static_cast<int32_t>(t->type),  static_cast<int32_t>(t->ne[0])};
@@ -145,7 +157,7 @@ void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
             continue;
         }
         if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-            ++out->counts.nodes[prepare(node, i, s, out)];
+            ++out->counts.nodes[prepare(graph, i, s, out)];
         } else if (node->view_src != nullptr) {
             note_write(node, out);
         }
@@ -180,8 +192,9 @@ void Decoder::note_write(const ggml_tensor * node, Graph * out) {
     cells_of_layer_[layer] = static_cast<int32_t>(i);
 }
 
-fasa_reason Decoder::prepare(ggml_tensor * node, int at, const Settings & s, Graph * out) {
-    Work              w = {};
+fasa_reason Decoder::prepare(ggml_cgraph * graph, int at, const Settings & s, Graph * out) {
+    ggml_tensor *     node = ggml_graph_node(graph, at);
+    Work              w    = {};
     const PlanContext context{s.profile, s.layouts.get(), &s.config, nullptr, nullptr, true};
     const fasa_reason reason =
         upstream_reorders() ? FASA_REASON_DISABLED : plan(node, context, several_masks_, &w.plan);
@@ -192,6 +205,7 @@ fasa_reason Decoder::prepare(ggml_tensor * node, int at, const Settings & s, Gra
     const int32_t layer = w.plan.layer;
     const auto    cells = cells_of_layer_.find(layer);
     w.at                = at;
+    w.ready_at          = std::max(end_of(graph, node->src[0], at), end_of(graph, node->src[3], at));
     w.node              = node;
     w.index             = indexes_[layer].get();
     w.cells             = cells != cells_of_layer_.end() ? cells->second : -1;
@@ -278,7 +292,7 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     moved |= n_selected_.reserve(stream_, n_query);
     moved |= parts_.reserve(stream_, n_parts);
     moved |= arrived_.reserve(stream_, n_query);
-    moved |= norms_.reserve(stream_, n_query);
+    moved |= moments_.reserve(stream_, 2 * n_query);
     moved |= thresholds_.reserve(stream_, n_query);
     moved |= marks_.reserve(stream_, n_query * n_block * (FASA_BLOCK_CELLS / 32));
     epoch_ += moved ? 1 : 0;
@@ -323,7 +337,7 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     n.max_selected = std::max(config.budget, config.min_ctx);
     n.filters      = w.index->filters();
     n.n_split      = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
-    n.scratch      = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
+    n.scratch      = {codes_.get(), levels_.get(),    moments_.get(), thresholds_.get(), scores_.get(),
                       peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
                       parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
     return n;
@@ -366,30 +380,31 @@ bool Decoder::copy_new_cells(const Graph & graph) {
     return ok && join();
 }
 
-bool Decoder::phases(const Work & w, bool verify) {
-    Device * device = stream_->device();
-    int64_t  first  = INT64_MAX;
+// The index of all cells that the node sees, where parts of it are missing.
+bool Decoder::build(const Work & w) {
+    int64_t first = INT64_MAX;
     for (int64_t i = 0; i < w.args.n_stream; ++i) {
         first = std::min(first, w.index->built(w.plan.first_stream + i));
     }
-    if (first < w.args.n_kv) { // from the block on in which the first unbuilt cell lies
-        if (api_->rebuild(device, &w.args, first / FASA_BLOCK_CELLS, w.index->max_block_bytes(), nullptr) != 0) {
-            return false;
-        }
-        for (int64_t i = 0; i < w.args.n_stream; ++i) {
-            w.index->built(w.plan.first_stream + i) = w.args.n_kv;
-        }
+    if (first >= w.args.n_kv) {
+        return true;
     }
-    bool ok = api_->prepare(device, &w.args) == 0;
-    if (verify) {
-        ok = ok && api_->rebuild(device, &w.args, 0, w.index->max_block_bytes(), totals_.get() + 2) == 0;
+    for (int64_t i = 0; i < w.args.n_stream; ++i) {
+        w.index->built(w.plan.first_stream + i) = w.args.n_kv;
     }
-    return ok && api_->score(device, &w.args) == 0 && api_->select(device, &w.args) == 0 &&
-           api_->attend(device, &w.args) == 0;
+    return api_->rebuild(stream_->device(), &w.args, first / FASA_BLOCK_CELLS, w.index->max_block_bytes(), nullptr) ==
+           0;
+}
+
+bool Decoder::choose(const Work & w) {
+    Device * device = stream_->device();
+    return api_->prepare(device, &w.args) == 0 && api_->score(device, &w.args) == 0 &&
+           api_->select(device, &w.args) == 0;
 }
 
 // The graph cut at its replaced nodes. While we capture, llama.cpp must not capture a segment by itself, which it does
-// when the segment comes twice without a change: a byte of padding in the segment's first node changes.
+// when the segment comes twice without a change, also as part of another graph: a byte of padding in the segment's
+// first node says which capture this is.
 ggml_status Decoder::segments(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned, bool capturing,
                               bool verify) {
     int        begin   = 0;
@@ -399,19 +414,44 @@ ggml_status Decoder::segments(ggml_cgraph * graph, GraphCompute inner, const Gra
         }
         seam::Graph part = seam::part_of(graph, begin, end);
         if (capturing) {
-            part.nodes[0]->padding[0] ^= 1;
+            part.nodes[0]->padding[0] = static_cast<char>(n_captures_);
         }
         return inner(backend_, reinterpret_cast<ggml_cgraph *>(&part));
     };
+    Device * device = stream_->device();
     for (const Work & w : scanned.work) {
+        // Each further segment of a graph that is not captured costs launches.
+        const bool early = capturing && w.ready_at > begin && w.ready_at < w.at && w.args.n_new <= kFresh;
+        if (early) {
+            const ggml_status status = segment(w.ready_at);
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
+            }
+            begin = w.ready_at;
+            if (!fork() || !choose(w)) {
+                return GGML_STATUS_FAILED;
+            }
+        }
         const ggml_status status = segment(w.at);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
-        if (!fork() || !phases(w, verify) || !join()) {
+        begin   = w.at + 1;
+        bool ok = fork();
+        if (!early) {
+            ok = ok && build(w) && api_->encode(device, &w.args) == 0;
+            if (verify) {
+                ok = ok && api_->rebuild(device, &w.args, 0, w.index->max_block_bytes(), totals_.get() + 2) == 0;
+            }
+            ok = ok && choose(w);
+        }
+        ok = ok && api_->attend(device, &w.args) == 0 && join();
+        if (early) { // llama.cpp's next kernels do not wait for it
+            ok = ok && api_->encode(device, &w.args) == 0;
+        }
+        if (!ok) {
             return GGML_STATUS_FAILED;
         }
-        begin = w.at + 1;
     }
     return segment(ggml_graph_n_nodes(graph));
 }
@@ -422,6 +462,7 @@ bool Decoder::capture(ggml_cgraph * graph, GraphCompute inner, const Graph & sca
     if (api_->begin_capture(device) != 0) {
         return false;
     }
+    ++n_captures_;
     bool ok = true;
     for (const Cells & c : scanned.cells) {
         ok = ok && api_->copy(device, new_cells_.get() + c.at, c.tensor->data, ggml_nbytes(c.tensor)) == 0;

@@ -3,7 +3,8 @@
 //
 // A graph runs in one of three ways: untouched; in segments, cut at the attention nodes, with events between the two
 // streams; or as one captured CUDA graph of all of that. A graph seen for the second time is captured, and launched
-// from then on until llama.cpp builds another.
+// from then on until llama.cpp builds another. In it cells are chosen as soon as a layer's query is there, beside
+// llama.cpp's kernels for its key and value.
 #pragma once
 
 #include <ggml-backend.h>
@@ -51,8 +52,9 @@ class Decoder {
     void reset();
 
   private:
-    struct Work {         // an attention node that is replaced
-        int           at; // in the graph
+    struct Work {               // an attention node that is replaced
+        int           at;       // in the graph
+        int           ready_at; // from this node of the graph on its query and mask are there
         ggml_tensor * node;
         Plan          plan;
         DeviceIndex * index;
@@ -75,7 +77,7 @@ class Decoder {
     };
 
     void        scan(ggml_cgraph * graph, const Settings & settings, Graph * out);
-    fasa_reason prepare(ggml_tensor * node, int at, const Settings & settings, Graph * out);
+    fasa_reason prepare(ggml_cgraph * graph, int at, const Settings & settings, Graph * out);
     fasa_reason prepare_index(const Plan & plan, const Settings & settings, const Graph & graph);
     void        note_write(const ggml_tensor * node, Graph * out);
     void        open(const void * memory);
@@ -88,7 +90,8 @@ class Decoder {
     void        mark_written(const Graph & graph);
     bool        copy_new_cells(const Graph & graph);
     ggml_status segments(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned, bool capturing, bool verify);
-    bool        phases(const Work & work, bool verify);
+    bool        build(const Work & work);
+    bool        choose(const Work & work);
     bool        capture(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned);
     bool        launch();
     bool        fork(); // the inner stream's work so far comes before ours
@@ -102,6 +105,7 @@ class Decoder {
     Graph                   last_; // the last one with replaced nodes
     Capture *               capture_     = nullptr;
     bool                    is_captured_ = false; // capture_ is last_; else an older one, to be updated
+    uint8_t                 n_captures_  = 0;     // of those ever made, the last eight bits
 
     std::map<int32_t, std::unique_ptr<DeviceIndex>>     indexes_; // by layer
     std::map<int32_t, int64_t>                          kv_bytes_;
@@ -114,7 +118,7 @@ class Decoder {
     Memory<int64_t>  new_cells_, totals_;
     Memory<uint32_t> marks_;
     Memory<int8_t>   codes_;
-    Memory<float>    levels_, norms_, thresholds_, scores_, peaks_, parts_;
+    Memory<float>    levels_, moments_, thresholds_, scores_, peaks_, parts_;
     Memory<Window>   windows_;
     Memory<int32_t>  n_visible_, selected_, n_selected_, arrived_;
 };

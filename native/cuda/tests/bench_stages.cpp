@@ -97,8 +97,9 @@ int main(int argc, char ** argv) {
                 // As decoding runs: select takes the cells that score marks.
                 print("all", index + 2 * depth + chosen + attended,
                       {api->prepare, api->score, api->select, api->attend});
+                print("encode", 8 * (rows / 2 + 34), {api->encode});
                 print("attend", attended, {api->attend});
-                print("prepare", 8 * (rows / 2 + 34) + 32 * 128 * 4, {api->prepare});
+                print("prepare", 32 * 128 * 4, {api->prepare});
                 print("score", index + 2 * depth, {api->score});
                 once({api->prepare, api->score});
                 print("select", chosen, {api->select});

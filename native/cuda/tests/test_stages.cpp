@@ -60,13 +60,19 @@ void check_index(Stage & s, const char * when) {
     CHECK_AT_MOST(static_cast<double>(different) / static_cast<double>(n), 1e-3);
 }
 
-// The first and last visible cells of a query, by its scores x.
-std::vector<bool> forced_cells(const Stage & s, const float * x, int64_t n) {
+// The new cells and the first and last visible ones of a query of a stream, by its scores x.
+std::vector<bool> forced_cells(const Stage & s, int64_t stream, const float * x, int64_t n) {
     std::vector<bool> forced(n, false);
-    int32_t           first = s.shape.n_first, last = s.shape.n_last;
+    for (const int64_t cell : s.new_cells.host) {
+        const int64_t c = cell - (s.first_stream + stream) * s.n_cell;
+        if (c >= 0 && c < s.shape.n_kv) {
+            forced[c] = x[c] > fasa::kHidden;
+        }
+    }
+    int32_t first = s.shape.n_first, last = s.shape.n_last;
     for (int64_t c = 0; c < n && first > 0; ++c) {
         first -= x[c] > fasa::kHidden ? 1 : 0;
-        forced[c] = x[c] > fasa::kHidden;
+        forced[c] = forced[c] || x[c] > fasa::kHidden;
     }
     for (int64_t c = n - 1; c >= 0 && last > 0; --c) {
         last -= x[c] > fasa::kHidden ? 1 : 0;
@@ -75,7 +81,26 @@ std::vector<bool> forced_cells(const Stage & s, const float * x, int64_t n) {
     return forced;
 }
 
+// A sample of many cells has about the mean and the deviation of all.
+void check_moments(const Stage & s, int64_t query, int64_t n_visible, const float * scores,
+                   const std::vector<bool> & forced) {
+    const float mean = s.moments.host[2 * query], deviation = s.moments.host[2 * query + 1];
+    CHECK(std::isfinite(mean) && deviation >= 0.0f);
+    double n = 0, sum = 0, square = 0;
+    for (size_t c = 0; c < forced.size(); ++c) {
+        if (scores[c] > fasa::kHidden && !forced[c]) {
+            n += 1, sum += scores[c], square += static_cast<double>(scores[c]) * scores[c];
+        }
+    }
+    const double expected = std::sqrt(square / n - sum / n * sum / n);
+    if (n_visible >= 1000 && 2 * n_visible > s.shape.n_kv) {
+        CHECK_AT_MOST(std::fabs(mean - sum / n), 0.3 * expected);
+        CHECK_AT_MOST(std::fabs(deviation - expected), 0.3 * expected);
+    }
+}
+
 void check_scores(Stage & s) {
+    s.moments.to_host();
     s.scores.to_host();
     s.peaks.to_host();
     s.n_visible.to_host();
@@ -99,7 +124,7 @@ void check_scores(Stage & s) {
                                s.n_block, 0, s.n_block, expected.data(), peaks.data());
         const float * actual = s.scores.host.data() + query * n;
         double        error = 0, power = 0;
-        const auto    forced = forced_cells(s, expected.data(), n);
+        const auto    forced = forced_cells(s, stream, expected.data(), n);
         for (int64_t c = 0; c < n; ++c) {
             if (expected[c] == fasa::kHidden) {
                 CHECK_EQUAL(actual[c], fasa::kHidden);
@@ -113,6 +138,7 @@ void check_scores(Stage & s) {
             power += std::pow(static_cast<double>(expected[c]), 2);
         }
         CHECK_AT_MOST(error / power, kMaxScoreNmse);
+        check_moments(s, query, n_visible, actual, forced);
         for (int64_t p = 0; p < n / 8; ++p) {
             CHECK_EQUAL(s.peaks.host[query * n / 8 + p], *std::max_element(actual + 8 * p, actual + 8 * p + 8));
         }
@@ -141,7 +167,7 @@ void check_selection(Stage & s, const std::vector<float> & scores) {
         if (all) {
             continue;
         }
-        const auto forced = forced_cells(s, x, n);
+        const auto forced = forced_cells(s, query / s.shape.n_head / s.shape.n_rows, x, n);
         float      least = std::numeric_limits<float>::infinity(), most = fasa::kHidden;
         for (int64_t c = 0; c < n; ++c) {
             CHECK(!forced[c] || selected[c]);
@@ -233,13 +259,6 @@ TEST(stages_agree_with_the_reference) {
         s.k.to_device();
         s.v.to_device();
         CHECK_EQUAL(cuda_api()->prepare(device, &s.node), 0);
-        check_index(s, "with new cells");
-        CHECK(before != s.index.host);
-        // The same bytes as a rebuild of everything.
-        CHECK_EQUAL(cuda_api()->rebuild(device, &s.node, 0, max_block_bytes(s), s.totals.device.get() + 2), 0);
-        s.totals.to_host();
-        CHECK_EQUAL(s.totals.host[2], 0);
-
         CHECK_EQUAL(cuda_api()->score(device, &s.node), 0);
         check_scores(s);
         const std::vector<float> scores = s.scores.host;
@@ -256,8 +275,16 @@ TEST(stages_agree_with_the_reference) {
         }
         CHECK_EQUAL(s.totals.host[1], attended);
 
-        // Nothing depends on which thread comes first, nor on whether marks are of use, which they are from the second
-        // time on.
+        CHECK_EQUAL(cuda_api()->encode(device, &s.node), 0);
+        check_index(s, "with new cells");
+        CHECK(before != s.index.host);
+        // The same bytes as a rebuild of everything.
+        CHECK_EQUAL(cuda_api()->rebuild(device, &s.node, 0, max_block_bytes(s), s.totals.device.get() + 2), 0);
+        s.totals.to_host();
+        CHECK_EQUAL(s.totals.host[2], 0);
+
+        // Nothing depends on which thread comes first, on whether new cells have their entries yet, which now they
+        // have, nor on whether marks are of use, which they are from the second time on.
         const auto first    = s.out.host;
         const auto selected = s.cells.host;
         for (int i = 0; i < 3; ++i) {
@@ -293,6 +320,8 @@ TEST(select_is_exact_on_ugly_scores) {
         shape.n_first = std::min(4, budget / 2);
         shape.n_last  = std::min(32, budget / 2);
         Stage s(rng, shape);
+        s.new_cells.host.clear();
+        s.node.n_new = 0;
         CHECK_EQUAL(cuda_api()->prepare(cuda_stream()->device(), &s.node), 0); // clears the counts of visible cells
         s.n_visible.host.assign(1, 40000);
         s.n_visible.to_device();
@@ -312,7 +341,7 @@ TEST(select_is_exact_on_ugly_scores) {
                 }
                 s.scores.host[query * n + c] = c < 40000 ? x : fasa::kHidden;
             }
-            const auto forced = forced_cells(s, s.scores.host.data() + query * n, n);
+            const auto forced = forced_cells(s, 0, s.scores.host.data() + query * n, n);
             for (int64_t c = 0; c < n; ++c) { // as score leaves it
                 s.scores.host[query * n + c] = forced[c] ? fasa::gpu::kForced : s.scores.host[query * n + c];
             }
@@ -324,8 +353,8 @@ TEST(select_is_exact_on_ugly_scores) {
         const auto scores = s.scores.host;
         s.scores.to_device();
         s.peaks.to_device();
-        s.norms.host.assign(8, 1.0f);
-        s.norms.to_device();
+        s.moments.host.assign(16, 1.0f);
+        s.moments.to_device();
         const float infinity = std::numeric_limits<float>::infinity();
         s.thresholds.host.assign(8, infinity); // nothing is marked
         s.thresholds.to_device();
