@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp.llama_cache import LlamaRAMCache
@@ -116,3 +117,27 @@ def test_a_ram_cache(llm: Any) -> None:
     ]
     assert texts[0] == texts[2]
     assert llm.fasa.counters.verify_failures == 0
+
+
+def test_cells_are_removed_only_where_there_are_some(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+    remove = llama_cpp.llama_memory_seq_rm
+
+    def counted(memory: Any, seq_id: int, p0: int, p1: int) -> bool:
+        removed.append(p0)
+        return bool(remove(memory, seq_id, p0, p1))
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_memory_seq_rm", counted)
+    llm.reset()
+    llm.eval(TOKENS[:20])  # the cells of a former test may be there
+    del removed[:]
+    llm.eval(TOKENS[20:21])
+    assert removed == []
+    llm.n_tokens = 10
+    llm.eval(TOKENS[10:11])
+    assert removed == [10]
+    last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm.ctx), 0)
+    assert last == 10
+    assert "kv_cache_seq_rm" not in vars(llm._ctx)

@@ -275,7 +275,7 @@ def cuda_stage_table() -> str:
             f"{int(r['bytes']) / 1e6:.2f}",
             r["floor_us"],
             r["time_us"],
-            f"{number(r['ratio']):.1f}" if r["stage"] != "prepare" else "",
+            f"{number(r['ratio']):.1f}" if r["stage"] not in ("prepare", "encode") else "",
         ]
         for r in read("cuda-stages.csv")
     ]

@@ -6,7 +6,6 @@
 
 #include "kernels.cuh"
 #include "rows.cuh"
-#include "score.cuh"
 
 namespace fasa::gpu {
 
@@ -214,24 +213,18 @@ __global__ void __launch_bounds__(kWarps * kWarp)
 
 // ---- prepare: the first phase of a node ----------------------------------------------------------
 
-constexpr int kQueries = kWarps; // of a thread block: query heads of one KV head
-
-struct Prepared {                             // in shared memory
-    int32_t codes[kMaxSlots / 4 * kQueries];  // [kQueries, quad]
-    float   levels[kQueries * 2 * kSegments]; // [2 * kSegments, kQueries]
-};
-
-// The query of this warp: its codes to the scratch and to `out`, where it is number h.
-__device__ void prepare_query(const Node & node, int query, int h, float * q, Prepared & out, int lane) {
+__device__ void prepare_query(const Node & node, int query, float * q, int lane) {
     const int     head = query % node.n_head, row = query / node.n_head % node.n_rows;
     const int     stream = query / node.n_head / node.n_rows;
     const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
                                                            head * node.q_head + stream * node.q_stream);
     const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
+    const float        filter = node.filters[query];
     undo_rotation(source, q, node.k.dim, node.index.rotation, lane);
 
-    int8_t * codes = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
-    float *  level = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
+    float    square = 0.0f;
+    int8_t * codes  = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
+    float *  level  = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
     for (int s = 0; s < l.n_segment; ++s) {
         const Segment seg  = l.segments[s];
         float         peak = 0.0f;
@@ -239,98 +232,29 @@ __device__ void prepare_query(const Node & node, int query, int h, float * q, Pr
             const int   d = l.dims[seg.slot + i];
             const float x = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
             peak          = fmaxf(peak, fabsf(x));
+            square += x * x;
         }
         peak              = warp_max(peak);
         const float top   = 127.0f; // no 16-bit sums here: all widths may use the whole range
         const float inv   = peak > 0.0f ? top / peak : 0.0f;
         float       total = 0.0f;
         for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
-            const int   d    = l.dims[seg.slot + i];
-            const float x    = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
-            const float code = fminf(top, fmaxf(-top, rintf(x * inv)));
-            const auto  slot = seg.slot + i;
-            codes[slot]      = static_cast<int8_t>(code);
-            reinterpret_cast<int8_t *>(out.codes)[(slot / 4 * kQueries + h) * 4 + slot % 4] = static_cast<int8_t>(code);
+            const int   d       = l.dims[seg.slot + i];
+            const float x       = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
+            const float code    = fminf(top, fmaxf(-top, rintf(x * inv)));
+            codes[seg.slot + i] = static_cast<int8_t>(code);
             total += code;
         }
         total = warp_sum(total);
         if (lane == 0) {
-            const float bias = peak / top * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
-            level[2 * s] = out.levels[h * 2 * kSegments + 2 * s] = peak / top;
-            level[2 * s + 1] = out.levels[h * 2 * kSegments + 2 * s + 1] = bias;
+            level[2 * s]     = peak / top;
+            level[2 * s + 1] = peak / top * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
         }
     }
-}
-
-// The blocks of a sample lie evenly over the context.
-constexpr int kSample = kWarps * kWarp / kBlockThreads;
-
-__device__ const uint8_t * sample_block(const Node & node, const HeadLayout & l, int stream, int i, int64_t * b) {
-    *b = (2 * i + 1) * n_blocks(node.n_kv) / (2 * kSample);
-    return index_block(node.index, l, node.index.first_stream + stream, *b);
-}
-
-__device__ void prefetch_sample(const Node & node, const HeadLayout & l, int stream) {
-    int64_t         b;
-    const uint8_t * block = sample_block(node, l, stream, threadIdx.x / kBlockThreads, &b);
-    for (int at = threadIdx.x % kBlockThreads * 128; at < l.block_bytes; at += kBlockThreads * 128) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(block + at));
-    }
-}
-
-// Mean and deviation of each query's scores over the sample, and with them the threshold for marks: they make a filter
-// of the token before fit this one.
-__device__ void sample_scores(const Node & node, const HeadLayout & l, int stream, int row, int first_query,
-                              int n_query, const Prepared & prepared) {
-    __shared__ float sums[kWarps][1 + 2 * kQueries];
-    const Place      at = {static_cast<int>(threadIdx.x) % 4, static_cast<int>(threadIdx.x) / 4 % 2};
-    int64_t          b;
-    const uint8_t *  block = sample_block(node, l, stream, threadIdx.x / kBlockThreads, &b);
-    const int64_t    first = b * FASA_BLOCK_CELLS + at.pair * 32 + at.column * 4;
-    const uint32_t   visible =
-        visible_bits(node.mask + row * node.mask_row + stream * node.mask_stream, first, node.n_kv);
-    float scores[kQueries][kCells] = {};
-    score_block<kQueries>(l, block, Queries{prepared.codes, prepared.levels}, at, scores);
-    const int   warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const float count = warp_sum(static_cast<float>(__popc(visible)));
+    const float norm = sqrtf(warp_sum(square));
     if (lane == 0) {
-        sums[warp][2 * kQueries] = count;
-    }
-#pragma unroll
-    for (int h = 0; h < kQueries; ++h) {
-        float sum = 0.0f, square = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kCells; ++i) {
-            const float x = (visible >> i & 1u) != 0 ? scores[h][i] : 0.0f;
-            sum += x;
-            square += x * x;
-        }
-        sum    = warp_sum(sum);
-        square = warp_sum(square);
-        if (lane == 0) {
-            sums[warp][2 * h]     = sum;
-            sums[warp][2 * h + 1] = square;
-        }
-    }
-    __syncthreads();
-    const int h = static_cast<int>(threadIdx.x);
-    if (h < n_query) {
-        float n = 0.0f, sum = 0.0f, square = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            n += sums[w][2 * kQueries];
-            sum += sums[w][2 * h];
-            square += sums[w][2 * h + 1];
-        }
-        const float mean                                = sum / fmaxf(n, 1.0f);
-        const float variance                            = square / fmaxf(n, 1.0f) - mean * mean;
-        const bool  known                               = n >= 64.0f && variance > 0.0f && variance < FLT_MAX;
-        const float deviation                           = known ? sqrtf(variance) : 0.0f;
-        const float filter                              = node.filters[first_query + h];
-        const bool  usable                              = known && filter < kNoFilter;
-        node.scratch.moments[2 * (first_query + h)]     = known ? mean : 0.0f;
-        node.scratch.moments[2 * (first_query + h) + 1] = deviation;
-        node.scratch.thresholds[first_query + h]        = usable ? mean + filter * deviation : CUDART_INF_F;
+        node.scratch.norms[query]      = norm;
+        node.scratch.thresholds[query] = filter < kNoFilter && norm > 0.0f ? filter * norm : CUDART_INF_F;
     }
 }
 
@@ -398,36 +322,17 @@ __device__ void prefetch_layout(const HeadLayout & l, int lane) {
     }
 }
 
-// A thread block has up to kQueries query heads of one KV head and row; the last blocks have a row per warp.
-__device__ __host__ inline int blocks_per_row(const Node & node) {
-    return (node.n_head / node.n_head_kv + kQueries - 1) / kQueries;
-}
-
 __global__ void __launch_bounds__(kWarps * kWarp) prepare_kernel(const Node node) {
-    __shared__ float    rows[kWarps][FASA_MAX_HEAD_DIM];
-    __shared__ Prepared prepared;
-    const int           warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int           group = node.n_head / node.n_head_kv, per_row = blocks_per_row(node);
-    const int           n_row = node.n_rows * node.n_stream, n_list = n_row * node.n_head_kv * per_row;
-    const int           task = blockIdx.x;
-    if (task >= n_list) {
-        const int row = (task - n_list) * kWarps + warp;
-        if (row < n_row) {
-            prepare_row(node, row, lane);
-        }
-        return;
+    __shared__ float rows[kWarps][FASA_MAX_HEAD_DIM];
+    const int        warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int        task    = blockIdx.x * kWarps + warp;
+    const int        n_query = node.n_head * node.n_rows * node.n_stream;
+    if (task < n_query) {
+        prefetch_layout(node.index.heads[task % node.n_head / (node.n_head / node.n_head_kv)], lane);
+        prepare_query(node, task, rows[warp], lane);
+    } else if (task < n_query + node.n_rows * node.n_stream) {
+        prepare_row(node, task - n_query, lane);
     }
-    const int h0 = task % per_row * kQueries, head_kv = task / per_row % node.n_head_kv;
-    const int of_row = task / per_row / node.n_head_kv, row = of_row % node.n_rows, stream = of_row / node.n_rows;
-    const int first = of_row * node.n_head + head_kv * group + h0, size = min(kQueries, group - h0);
-    const HeadLayout & l = node.index.heads[head_kv];
-    prefetch_layout(l, lane);
-    prefetch_sample(node, l, stream);
-    if (warp < size) {
-        prepare_query(node, first + warp, warp, rows[warp], prepared, lane);
-    }
-    __syncthreads();
-    sample_scores(node, l, stream, row, first, size, prepared);
 }
 
 __global__ void __launch_bounds__(kWarps * kWarp) encode_kernel(const Node node) {
@@ -450,9 +355,8 @@ cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_b
 }
 
 cudaError_t launch_prepare(const Node & node, cudaStream_t stream) {
-    const int n_row  = node.n_rows * node.n_stream;
-    const int n_list = n_row * node.n_head_kv * blocks_per_row(node);
-    prepare_kernel<<<n_list + (n_row + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream>>>(node);
+    const int n_task = (node.n_head + 1) * node.n_rows * node.n_stream;
+    prepare_kernel<<<(n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream>>>(node);
     return cudaGetLastError();
 }
 

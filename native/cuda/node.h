@@ -54,8 +54,8 @@ struct Window {
 struct Scratch {
     int8_t *   codes;      // [kMaxSlots, n_query]
     float *    levels;     // [2, kSegments, n_query]: step, bias
-    float *    moments;    // [2, n_query]: mean and deviation of a sample of the query's scores; deviation 0: unknown
-    float *    thresholds; // [n_query]: mean + filter * deviation; +inf: none
+    float *    norms;      // [n_query]: of the query's kept dims, the unit of filters
+    float *    thresholds; // [n_query]: filter in this unit; +inf: none
     float *    scores;     // [64 * n_block, n_query]
     float *    peaks;      // [8 * n_block, n_query]
     int32_t *  n_visible;  // [n_rows * n_stream]
@@ -87,7 +87,7 @@ struct Node {
 
     int32_t budget, min_ctx, n_first, n_last; // first and last visible cells, in cell order
     int32_t max_selected, n_split;
-    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in deviations
+    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in norms
     Scratch scratch;
 };
 

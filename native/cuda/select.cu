@@ -83,8 +83,8 @@ __device__ int gather(Selection & sh, Block & block, const float * scores, int n
 }
 
 // Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
-// the thread's value i.
-template <typename Values, typename Cell>
+// the thread's value i. FEW: at most kHeld values.
+template <bool FEW, typename Values, typename Cell>
 __device__ int write_cells(Selection & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
                            Cell && cell) {
     int above = 0, equal = 0;
@@ -92,11 +92,17 @@ __device__ int write_cells(Selection & sh, Block & block, const Values & values,
         above += x > t ? 1 : 0;
         equal += x == t ? 1 : 0;
     });
-    int       n_above, n_all_equal;
-    const int above_before = block.exclusive_sum(above, &n_above);
-    int       equals       = block.exclusive_sum(equal, &n_all_equal);
-    const int n_equal      = max(0, min(n_all_equal, limit - n_above));
-    int       at           = above_before + min(equals, n_equal);
+    int n_above, n_all_equal, above_before, equals;
+    if (FEW) { // both fit in half a word
+        int       total;
+        const int before = block.exclusive_sum(above << 16 | equal, &total);
+        above_before = before >> 16, equals = before & 0xffff, n_above = total >> 16, n_all_equal = total & 0xffff;
+    } else {
+        above_before = block.exclusive_sum(above, &n_above);
+        equals       = block.exclusive_sum(equal, &n_all_equal);
+    }
+    const int n_equal = max(0, min(n_all_equal, limit - n_above));
+    int       at      = above_before + min(equals, n_equal);
     values.each([&](float x, int i) {
         const bool tie = x == t && equals < n_equal;
         equals += x == t ? 1 : 0;
@@ -111,8 +117,8 @@ __device__ int write_from_memory(Selection & sh, Block & block, const float * va
                                  float t, int limit, int32_t * out) {
     const InMemory own   = part_of(values, n);
     const int      first = static_cast<int>(own.x - values);
-    return write_cells(sh, block, own, t, limit, out,
-                       [&](int i) { return cells != nullptr ? cells[first + i] : first + i; });
+    return write_cells<false>(sh, block, own, t, limit, out,
+                              [&](int i) { return cells != nullptr ? cells[first + i] : first + i; });
 }
 
 // Candidates in registers, when there are few per thread.
@@ -126,7 +132,7 @@ __device__ int finish(Selection & sh, Block & block, int n, int budget, float fl
     }
     const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
     *threshold    = t;
-    return write_cells(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
+    return write_cells<true>(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
 __device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
@@ -194,8 +200,18 @@ __device__ int gather_marked(Selection & sh, Block & block, const uint32_t * mar
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < total; i += kThreads) {
-            sh.values[i] = scores[sh.cells[i]];
+        float own[kHeld / kThreads]; // all on their way at once
+#pragma unroll
+        for (int j = 0; j < kHeld / kThreads; ++j) {
+            const int i = j * kThreads + static_cast<int>(threadIdx.x);
+            own[j]      = i < total ? scores[sh.cells[i]] : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < kHeld / kThreads; ++j) {
+            const int i = j * kThreads + static_cast<int>(threadIdx.x);
+            if (i < total) {
+                sh.values[i] = own[j];
+            }
         }
     }
     __syncthreads();
@@ -204,9 +220,9 @@ __device__ int gather_marked(Selection & sh, Block & block, const uint32_t * mar
 
 // What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls
 // about exponentially along the tail.
-__device__ float next_filter(float filter, float t, int n, int budget, float deviation) {
+__device__ float next_filter(float filter, float t, int n, int budget, float norm) {
     const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
-    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * deviation);
+    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * norm);
 }
 
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
@@ -219,10 +235,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
     Block         block(sh.exchange);
     const int     n_visible = node.scratch.n_visible[query / node.n_head];
-    const float   mean = node.scratch.moments[2 * query], deviation = node.scratch.moments[2 * query + 1];
-    const float   passed = node.scratch.thresholds[query]; // +inf: nothing is marked
-    int           n      = -1;
-    float         filter = kNoFilter;
+    const float   norm      = node.scratch.norms[query];
+    const float   passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
+    int           n         = -1;
+    float         filter    = kNoFilter;
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
@@ -231,9 +247,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
         const int        n_marked = gather_marked(sh, block, marks, scores, n_cell);
         if (n_marked >= node.budget && n_marked <= kHeld) {
             float t;
-            n = finish(sh, block, n_marked, node.budget, passed, out, &t);
-            filter =
-                t < kForced ? (next_filter(passed, t, n_marked, node.budget, deviation) - mean) / deviation : kNoFilter;
+            n      = finish(sh, block, n_marked, node.budget, passed, out, &t);
+            filter = t < kForced ? next_filter(passed, t, n_marked, node.budget, norm) / norm : kNoFilter;
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
@@ -249,10 +264,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
             const InMemory own = part_of(peaks, n_peak);
             n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
         }
-        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && deviation > 0.0f) {
+        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
-            const float next = counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, deviation) : sh.floor;
-            filter           = (next - mean) / deviation;
+            const float next    = counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, norm) : sh.floor;
+            filter              = next / norm;
         }
     }
     if (threadIdx.x == 0) {

@@ -79,6 +79,7 @@ def main() -> None:
     common = benchmark.describe(llm, settings) | {
         "machine": device_name() + where,
         "backend": "CUDA",
+        "model_filename": args.model.name,
     }
     tokens = rng.integers(3, 250, args.n_gen).tolist()
     plain: dict[int, list[benchmark.Repetition]] = {}

@@ -97,7 +97,7 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     const int32_t n_split        = fasa::gpu::n_splits(s.budget, n_query());
     codes.poison(n_query() * fasa::gpu::kMaxSlots);
     levels.poison(n_query() * 2 * fasa::gpu::kSegments);
-    moments.poison(2 * n_query());
+    norms.poison(n_query());
     thresholds.poison(n_query());
     filters.host.assign(n_query(), fasa::gpu::kNoFilter);
     filters.to_device();
@@ -159,7 +159,7 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     node.max_selected = max_selected;
     node.n_split      = n_split;
     node.filters      = filters.device.get();
-    node.scratch      = {codes.device.get(),  levels.device.get(),     moments.device.get(),   thresholds.device.get(),
+    node.scratch      = {codes.device.get(),  levels.device.get(),     norms.device.get(),     thresholds.device.get(),
                          scores.device.get(), peaks.device.get(),      n_visible.device.get(), windows.device.get(),
                          cells.device.get(),  n_selected.device.get(), parts.device.get(),     arrived.device.get(),
                          marks.device.get(),  totals.device.get()};

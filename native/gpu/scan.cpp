@@ -1,0 +1,150 @@
+// What a decode graph asks for: the attention nodes that are replaced, when their inputs are there, and what is written
+// to a K cache.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "../backend.h"
+#include "decoder.h"
+
+namespace fasa::gpu {
+
+namespace {
+
+constexpr int64_t kMaxNewCells = 4096; // of one SET_ROWS node in a decode graph
+
+bool is_view_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
+           t->op == GGML_OP_TRANSPOSE;
+}
+
+// Upstream's experiment with several streams reorders nodes around attention: not to be cut into segments.
+bool upstream_reorders() {
+    const char * value = std::getenv("GGML_CUDA_GRAPH_OPT");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// From which node of the graph on, and no later than `at`, an input of node `at` is there.
+int end_of(ggml_cgraph * graph, const ggml_tensor * input, int at) {
+    while (is_view_op(input) && input->src[0] != nullptr) {
+        input = input->src[0];
+    }
+    int i = at;
+    while (i > 0 && ggml_graph_node(graph, i - 1) != input) {
+        --i;
+    }
+    return input->op == GGML_OP_NONE ? 0 : i > 0 ? i : at;
+}
+
+} // namespace
+
+void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
+    const int           n_nodes = ggml_graph_n_nodes(graph);
+    const ggml_tensor * mask    = nullptr;
+    cells_of_layer_.clear();
+    for (int i = 0; i < n_nodes; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            several_masks_ = several_masks_ || (mask != nullptr && node->src[3] != mask);
+            mask           = node->src[3];
+        }
+    }
+    for (int i = 0; i < n_nodes; ++i) {
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
+            continue;
+        }
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            ++out->counts.nodes[prepare(graph, i, s, out)];
+        } else if (node->view_src != nullptr) {
+            note_write(node, out);
+        }
+    }
+}
+
+// A node that writes into a K cache. Rows named by an index tensor reach the index with the attention node that follows
+// in the same graph; every other write makes the whole layer stale.
+void Decoder::note_write(const ggml_tensor * node, Graph * out) {
+    int32_t layer = 0;
+    if (cache_root(node, &layer) == nullptr) {
+        return;
+    }
+    out->written.push_back(layer);
+    const ggml_tensor * rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
+    const bool known = rows != nullptr && node->view_offs == 0 && rows->type == GGML_TYPE_I64 &&
+                       rows->op == GGML_OP_NONE && ggml_is_contiguous(rows) && ggml_nelements(rows) <= kMaxNewCells &&
+                       cells_of_layer_.count(layer) == 0;
+    if (!known) {
+        mark_stale(layer);
+        cells_of_layer_[layer] = -1;
+        return;
+    }
+    size_t i = 0;
+    while (i < out->cells.size() && out->cells[i].tensor != rows) {
+        ++i;
+    }
+    if (i == out->cells.size()) {
+        const int64_t at = out->cells.empty() ? 0 : out->cells.back().at + ggml_nelements(out->cells.back().tensor);
+        out->cells.push_back({rows, at});
+    }
+    cells_of_layer_[layer] = static_cast<int32_t>(i);
+}
+
+fasa_reason Decoder::prepare(ggml_cgraph * graph, int at, const Settings & s, Graph * out) {
+    ggml_tensor *     node = ggml_graph_node(graph, at);
+    Work              w    = {};
+    const PlanContext context{s.profile, s.layouts.get(), &s.config, nullptr, nullptr, true};
+    const fasa_reason reason =
+        upstream_reorders() ? FASA_REASON_DISABLED : plan(node, context, several_masks_, &w.plan);
+    const fasa_reason indexed = reason == FASA_REASON_SPARSE ? prepare_index(w.plan, s, *out) : reason;
+    if (indexed != FASA_REASON_SPARSE) {
+        return indexed;
+    }
+    const int32_t layer = w.plan.layer;
+    const auto    cells = cells_of_layer_.find(layer);
+    w.at                = at;
+    w.ready_at          = std::max(end_of(graph, node->src[0], at), end_of(graph, node->src[3], at));
+    w.node              = node;
+    w.index             = indexes_[layer].get();
+    w.cells             = cells != cells_of_layer_.end() ? cells->second : -1;
+    out->written.erase(std::remove(out->written.begin(), out->written.end(), layer), out->written.end());
+    out->counts.cells_indexed += w.cells >= 0 ? ggml_nelements(out->cells[w.cells].tensor) : 0;
+    out->counts.bytes_scored += n_blocks(w.plan.k->ne[1]) * w.index->block_bytes() * node->src[0]->ne[3];
+    out->work.push_back(std::move(w));
+    return FASA_REASON_SPARSE;
+}
+
+// SPARSE when the layer's index serves the node.
+fasa_reason Decoder::prepare_index(const Plan & plan, const Settings & s, const Graph & graph) {
+    auto & index = indexes_[plan.layer];
+    if (index != nullptr && index->serves(plan, s.layouts.get())) {
+        return FASA_REASON_SPARSE;
+    }
+    if (index != nullptr &&
+        std::any_of(graph.work.begin(), graph.work.end(), [&](const Work & w) { return w.index == index.get(); })) {
+        return FASA_REASON_CACHE_VIEWS;
+    }
+    if (!has_kernels((*s.layouts)[plan.layer], plan.n_head_kv)) {
+        return FASA_REASON_NO_PROFILE;
+    }
+    index.reset(); // both at once could be the one that does not fit
+    ++epoch_;
+    const std::pair<const void *, int64_t> key{plan.k_root->data, s.generation};
+    if (too_large_.count(plan.layer) != 0 && too_large_[plan.layer] == key) {
+        return FASA_REASON_NO_MEMORY;
+    }
+    if (!watch_buffer(plan.k_root->buffer, s.session)) {
+        return FASA_REASON_NO_CACHE;
+    }
+    open(plan.k->data);
+    try {
+        index = std::make_unique<DeviceIndex>(stream_, plan, s.layouts);
+    } catch (const std::bad_alloc &) {
+        too_large_[plan.layer] = key;
+        return FASA_REASON_NO_MEMORY;
+    }
+    kv_bytes_[plan.layer] = static_cast<int64_t>(ggml_nbytes(plan.k_root) + ggml_nbytes(plan.v->view_src));
+    return FASA_REASON_SPARSE;
+}
+
+} // namespace fasa::gpu
