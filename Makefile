@@ -24,13 +24,14 @@ CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h na
 	native/cuda/tests/*.cpp native/cuda/tests/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test test-tools check format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures clean
+.PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
 	@echo "make test       the tests"
 	@echo "make test-tools  the plugin inside llama.cpp's own tools, which are built once; half an hour"
-	@echo "make check      format, lint, types, clang-tidy, native tests under sanitizers"
+	@echo "make check      format, lint, types, docs, clang-tidy, native tests under sanitizers"
+	@echo "make docs       the documentation as a site, into build/site"
 	@echo "make fuzz       random and hostile inputs for FUZZ_SECONDS=$(FUZZ_SECONDS); needs clang and atheris"
 	@echo "make bench      decode speed at depth, dense against FASA, into docs/bench"
 	@echo "make bench-types  the same at 30,000 tokens for all 81 pairs of K and V types"
@@ -79,7 +80,10 @@ test-tools: setup $(TOOLS)/bin/llama-server
 
 # ---- for contributors ------------------------------------------------------------------------------------
 
-check: lint types tidy sanitize sanitize-threads
+check: lint types docs tidy sanitize sanitize-threads
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

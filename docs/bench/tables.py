@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -308,6 +309,85 @@ def plugin_kld_table() -> str:
     return markdown(["budget", "mean KLD", "median", "99th percentile", "same top token"], rows)
 
 
+def budget_table() -> str:
+    """What a budget finds with profiles of 6, 10 and 20 bytes; dense last."""
+
+    def cell(task: str, n_tokens: int, budget: str, column: str, form: str) -> str:
+        rows = {(r["name"], r["budget"]): r for r in summaries(task, n_tokens)}
+        own = [rows.get((f"allocation:{size}", budget)) for size in (6, 10, 20)]
+        scale = 100 if column == "score" else 1
+        found = [format(scale * number(r[column]), form) for r in own if r]
+        return " / ".join(found) if len(found) == len(own) else ""
+
+    attended = {
+        r["budget"]: f"{100 * number(r['attended']):.1f} %"
+        for r in summaries("needle", 8000)
+        if r["name"] == "allocation:10"
+    }
+    rows = [
+        [
+            f"{int(budget):,}",
+            attended.get(budget, ""),
+            cell("needle", 8000, budget, "score", ".0f"),
+            cell("needle", 16000, budget, "score", ".0f"),
+            cell("mass", 16000, budget, "score", ".0f"),
+            cell("kld", 8000, budget, "median_kld", ".4f"),
+        ]
+        for budget in ("64", "256", "1024", "2048")
+    ]
+    dense = [
+        f"{100 * number(r['score']):.0f}"
+        for n_tokens in (8000, 16000)
+        for r in summaries("needle", n_tokens)
+        if r["name"] == "dense"
+    ]
+    header = ["budget", "of 8,000 tokens", "answers, 8,000 [%]", "answers, 16,000 [%]"]
+    return markdown(
+        [*header, "attention mass, 16,000 [%]", "median KLD, 8,000"],
+        [*rows, ["dense", "100 %", *dense, "100", "0"]],
+    )
+
+
+def n_fc_table() -> str:
+    """Answers and attention mass at each number of chunks of 2 bits, in all heads alike."""
+    found: dict[float, dict[tuple[str, str], float]] = {}
+    for task in ("needle", "mass"):
+        for r in summaries(task, 8000):
+            if r["name"].startswith("variance:"):
+                own = found.setdefault(number(r["bytes_per_cell"]), {})
+                own[task, r["budget"]] = 100 * number(r["score"])
+    rows = []
+    for size, own in sorted(found.items()):
+        n_fc = round((size - 1) * 2)  # a step of one byte, and half a byte for two dims of 2 bits
+        cells = [
+            " / ".join(f"{own[task, budget]:.0f}" for budget in ("64", "256", "1024"))
+            for task in ("needle", "mass")
+        ]
+        rows.append([str(n_fc), f"{size:g}", *cells])
+    return markdown(["n_fc", "bytes", "answers [%]", "attention mass [%]"], rows)
+
+
+def one_token_text() -> str:
+    """What the pictures of one token show, in numbers."""
+    rows = read("one-token.csv")
+    shown = next(r for r in rows if r["shown"] == "1")
+    found, possible = (
+        100 * statistics.mean(number(r[n]) for r in rows) for n in ("found", "possible")
+    )
+    least = min(rows, key=lambda r: number(r["found"]))
+    n_cell, budget = int(shown["n_cell"]), int(shown["budget"])
+    text = (
+        f"The picture is of query head {shown['head']} of layer {shown['layer']}, which puts "
+        f"{100 * number(shown['asked']):.1f} % of its attention on the digits asked for; the {budget:,} of "
+        f"{n_cell:,} tokens that it selects carry {100 * number(shown['found']):.2f} %. Over all {len(rows)} query "
+        f"heads, the selected tokens carry {found:.1f} % on average, and those with the best exact scores would carry "
+        f"{possible:.1f} %. The head that finds least, {least['head']} of layer {least['layer']}, finds "
+        f"{100 * number(least['found']):.0f} % where exact scores would find {100 * number(least['possible']):.0f} %: "
+        "it looks at a little of everything, and no selection of this size holds that."
+    )
+    return textwrap.fill(text, 120)
+
+
 def put(path: Path, tables: dict[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -330,6 +410,9 @@ def main() -> None:
         "plugin-kld": plugin_kld_table(),
         "answers": answers_table(),
         "kld": kld_table(),
+        "budgets": budget_table(),
+        "n-fc": n_fc_table(),
+        "one-token": one_token_text(),
         "outliers": outliers_table(),
         **{
             f"{task}-{n}": curve_table(task, n)
