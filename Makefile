@@ -24,7 +24,7 @@ CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h na
 	native/cuda/tests/*.cpp native/cuda/tests/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures clean
+.PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures wheel test-wheel clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
@@ -39,6 +39,8 @@ help:
 	@echo "make layouts    the same for index layouts from 3 to 65 bytes per token"
 	@echo "make selection  answers, attention mass and KLD of every selector, into docs/bench and docs/images"
 	@echo "make captures   pictures of the commands and of the page of pyfasa serve, into docs/images; needs chromium"
+	@echo "make wheel      an sdist, and a wheel from it, into dist; WHEEL_CUDA=ON: with the CUDA kernels (nvcc, minutes)"
+	@echo "make test-wheel  the tests on that wheel in an environment of its own"
 	@echo "make format     rewrite sources in the project's format"
 	@echo "make clean      remove builds, keep the environment"
 
@@ -207,6 +209,31 @@ captures: setup
 	$(BIN)/pip install --quiet pyte
 	$(BIN)/python docs/images/terminal.py
 	$(BIN)/python docs/images/page.py $(MODEL)
+
+# ---- release ---------------------------------------------------------------------------------------------
+
+# OFF, so that a wheel does not depend on what the machine happens to have. Kernels are for all GPUs, not CUDA_ARCH.
+WHEEL_CUDA ?= OFF
+
+wheel: $(VENV)/llama.stamp
+	$(BIN)/pip install --quiet build
+	rm -rf dist
+	CMAKE_ARGS=-DPYFASA_CUDA=$(WHEEL_CUDA) $(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/wheel/contents.py --cuda $(WHEEL_CUDA) dist/*.whl
+
+# A folder with a wheel of llama-cpp-python; without one it is built once more, as for any user.
+LLAMA_WHEELS ?=
+CLEAN := build/test-wheel
+
+# Beside the tests lies all that they read, but not pyfasa/: what is imported is the installed package.
+test-wheel: wheel
+	rm -rf $(CLEAN)
+	$(PYTHON) -m venv $(CLEAN)/venv
+	$(CLEAN)/venv/bin/pip install --quiet --no-cache-dir $(addprefix --find-links ,$(LLAMA_WHEELS)) "$$(ls dist/*.whl)[test]"
+	mkdir $(CLEAN)/tree
+	cp -r README.md pyproject.toml docs models native tests $(CLEAN)/tree
+	cd $(CLEAN)/tree && ../venv/bin/python -I -c "import pyfasa; print('testing', pyfasa.__file__)"
+	cd $(CLEAN)/tree && ../venv/bin/pytest -p no:cacheprovider --rootdir .
 
 clean:
 	rm -rf build dist

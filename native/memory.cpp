@@ -27,10 +27,7 @@ void * allocate_aligned(size_t bytes) {
         throw std::bad_alloc();
     }
     const size_t padded = std::max<size_t>((bytes + 63) / 64 * 64, 64);
-    void *       p      = std::aligned_alloc(64, padded);
-    if (p == nullptr) {
-        throw std::bad_alloc();
-    }
+    void *       p      = ::operator new(padded, kAlignment);
     std::memset(p, 0, padded);
     return p;
 }

@@ -2,13 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
+#include <new>
 
 namespace fasa {
 
+constexpr std::align_val_t kAlignment{64};
+
 struct AlignedFree {
-    void operator()(void * p) const { std::free(p); }
+    void operator()(void * p) const { ::operator delete(p, kAlignment); }
 };
 template <typename T> using Aligned = std::unique_ptr<T[], AlignedFree>;
 

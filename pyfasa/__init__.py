@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pyfasa.patching import patch, unpatch
     from pyfasa.profile import Profile
 
+    __version__: str
+
 __all__ = ["Llama", "Profile", "__version__", "calibrate", "patch", "unpatch"]
 
 _HOMES = {
@@ -22,7 +24,7 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     """Names are loaded when used: `pyfasa doctor` must run where llama-cpp-python is broken."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
@@ -34,3 +36,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'pyfasa' has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # type checkers have the imports above, and would believe any name
+    __getattr__ = _load

@@ -57,11 +57,14 @@ class Asked:
 
 
 def bundled_model() -> Path:
-    """The model of the repository; ValueError when pyfasa was installed without it."""
+    """The model of the repository; ValueError when it is not there, as with a wheel."""
     for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
         if (folder / BUNDLED).exists():
             return folder / BUNDLED
-    raise ValueError(f"{BUNDLED} is neither beside pyfasa nor here; name a model with --model")
+    raise ValueError(
+        f"{BUNDLED} is neither beside pyfasa nor here: it is in pyfasa's repository, not in its wheels. "
+        "Copy it from there into a folder models/ here, or name a model with --model."
+    )
 
 
 def show(settings: Settings) -> bool:

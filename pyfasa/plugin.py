@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,10 @@ _LOADS_ALL = {"LLAMA_ARG_OVERRIDE_TENSOR": "pyfasa-names-no-tensor=CPU"}
 
 def library_path() -> Path:
     """Where the library is; it lies beside the compiled binding."""
+    if sys.platform != "linux":
+        raise HostError(
+            f"{LIBRARY}, for llama.cpp's own tools, exists on Linux only; use pyfasa.Llama here."
+        )
     spec = importlib.util.find_spec("pyfasa._native")
     if spec is not None and spec.origin is not None:
         path = Path(spec.origin).with_name(LIBRARY)

@@ -73,6 +73,16 @@ def test_bundled_model_is_found(tiny_model_path: Path) -> None:
     assert demo.bundled_model().samefile(tiny_model_path)
 
 
+def test_without_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a wheel, which does not hold it: the sentence says where it is and what else will do."""
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "pyfasa" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"neither .* repository, not in its wheels\. .* --model\.$"
+    ):
+        demo.bundled_model()
+
+
 def test_document_is_read_once(tiny_model_path: Path) -> None:
     """Behind the prefill each question evaluates its own few tokens only; dense stays dense."""
     with closing(pyfasa.Llama(str(tiny_model_path), n_ctx=1600, min_ctx=512, budget=128)) as llm:

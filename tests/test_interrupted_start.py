@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILD = """
 import os, runpy, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
 class Interrupting:
     def find_spec(self, name, *_):
         if name == moment:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pyfasa.errors import HostError
 from pyfasa.plugin import has_ggml_inside, library_path, loading, model_of
 from pyfasa.profile import Profile
 
@@ -189,3 +190,9 @@ def test_builds_with_linked_backends_are_made_to_load(tmp_path: Path) -> None:
     assert loading(library, {name: "own"}) == {}
     assert loading(sys.executable, {}) == {}
     assert loading("no-such-tool", {}) == {}
+
+
+def test_other_systems_have_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(HostError, match=r"exists on Linux only; use pyfasa\.Llama here\.$"):
+        library_path()
