@@ -69,6 +69,15 @@ def _slope(sizes: Sequence[int], gains: Sequence[float], a: int, b: int) -> floa
     return (gains[b] - gains[a]) / max(sizes[b] - sizes[a], 1e-9)
 
 
+def check_least(least: float, mean_bytes: float) -> None:
+    """Raises ValueError when the cheapest shapes cost more than `mean_bytes` per head."""
+    if least > mean_bytes:
+        raise ValueError(
+            f"index_bytes is {mean_bytes:g}, and the smallest index of this model has {least:g} bytes per token and "
+            f"KV head; give {least:g} or more."
+        )
+
+
 def spend(sizes: Sequence[int], gains: F64, mean_bytes: float) -> list[int]:
     """A shape for each head, with at most `mean_bytes` per head on average.
 
@@ -79,11 +88,7 @@ def spend(sizes: Sequence[int], gains: F64, mean_bytes: float) -> list[int]:
     """
     ladders = [hull(sizes, list(row)) for row in gains]
     least = sum(sizes[ladder[0]] for ladder in ladders) / len(ladders)
-    if least > mean_bytes:
-        raise ValueError(
-            f"index_bytes is {mean_bytes:g}, and the smallest index of this model has {least:g} bytes per token and "
-            f"KV head; give {least:g} or more."
-        )
+    check_least(least, mean_bytes)
     left = mean_bytes * len(ladders) - least * len(ladders)
     at = [0] * len(ladders)
     while True:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +18,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import pyfasa
-from pyfasa import allocation
-from pyfasa.attach import check_host
+from pyfasa import allocation, estimate
+from pyfasa.calibration_plan import (
+    Plan,
+    budget_of,
+    candidates,
+    check_arguments,
+    check_output,
+    context_of,
+    make_plan,
+    ranking_of,
+    text_name,
+    trained_context,
+)
 from pyfasa.errors import ProfileError
 from pyfasa.identity import ModelIdentity
 from pyfasa.llama import Llama
+from pyfasa.native import reasons
 from pyfasa.profile import Profile
-from pyfasa.ranking import METHODS
-from pyfasa.samples import Sample, captured_layer, evaluate_sample, make_samples
+from pyfasa.samples import Sample, captured_layer, evaluate_sample
 from pyfasa.tally import CHOICE, HELD_BACK, Tally, joined
 
-DEFAULT_BYTES = 0.16  # of an index entry, per dim of the head: docs/method.md tells why
-N_CTX = 4096  # tokens of a calibration document
+Tell = Callable[[str], None]
 
 
 def calibrate(
@@ -41,11 +50,12 @@ def calibrate(
     index_bytes: float | None = None,
     n_fc: int | None = None,
     bits: int | None = None,
-    n_ctx: int = N_CTX,
+    n_ctx: int | None = None,
     seed: int = 0,
     add: Sequence[str | os.PathLike[str]] = (),
     keep: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    tell: Tell | None = None,
 ) -> Profile:
     """Finds which frequency chunks of each layer and KV head predict attention, and how many bits each is worth.
 
@@ -64,11 +74,13 @@ def calibrate(
         with allocation; else what n_fc and bits give.
     n_fc, bits : chunks in use, and bits for each; not with allocation. None is half of them, and 4 bits, or 2 where
         index_bytes is given. All chunks are ranked and stored, so n_fc can change at run time.
-    n_ctx : tokens of a document, at least 512.
+    n_ctx : tokens of a document, at least 512 and at most what the model was trained on. None: 4096, or what the
+        model was trained on if that is less.
     seed : of the documents; equal seeds give equal profiles.
     add : saved runs whose results are added to this one's.
     keep : file in which the results are saved for a later `add`, before allocation.
     progress : show a progress bar on stderr.
+    tell : is called with a sentence about the memory before the model is opened, and one about the time after that.
 
     Raises
     ------
@@ -76,10 +88,14 @@ def calibrate(
     ProfileError, ModelFileError (both ValueError) : a model without frequency chunks, no model, or a saved run that
         does not fit.
     HostError : llama.cpp cannot be decorated.
+    WriteError : `keep` cannot be written.
+    All of them come before the text is evaluated.
     """
+    if keep is not None:
+        check_output(keep)
     tally = measure(
         model_path, texts, method=method, index_bytes=index_bytes, n_fc=n_fc, bits=bits, n_ctx=n_ctx,
-        seed=seed, add=add, progress=progress,
+        seed=seed, add=add, progress=progress, tell=tell,
     )  # fmt: skip
     if keep is not None:
         tally.save(keep)
@@ -102,11 +118,12 @@ def measure(
     index_bytes: float | None = None,
     n_fc: int | None = None,
     bits: int | None = None,
-    n_ctx: int = N_CTX,
+    n_ctx: int | None = None,
     seed: int = 0,
     add: Sequence[str | os.PathLike[str]] = (),
     reuse: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    tell: Tell | None = None,
 ) -> Tally:
     """The slow part of ``calibrate``, with its arguments and errors: runs the model and adds up what it sees.
 
@@ -116,28 +133,16 @@ def measure(
     reuse : file in which the fresh run is saved; it is read instead of running the model if it holds a run of the
         same model, method, texts, n_ctx and seed. Anything else in it is replaced.
     """
-    _check(method, index_bytes, n_fc, bits, n_ctx, seed)
-    check_host()
-    identity = ModelIdentity.read(os.fspath(model_path))
-    n_chunk = identity.head_dim // 2
-    if n_fc is not None and not 1 <= n_fc <= n_chunk:
-        raise ValueError(
-            f"n_fc is {n_fc}; a head of {identity.head_dim} dims has 1 to {n_chunk} chunks."
-        )
-    candidates = _candidates(method, n_chunk, n_fc, bits, index_bytes)
-    empty = Tally.zeros(identity, _ranking(method), candidates)
-    before = [
-        empty,
-        *map(Tally.load, add),
-    ]  # the first checks that the others fit, and adds nothing
-    joined(before)
-    samples = make_samples(model_path, texts, n_ctx, seed)
-    fresh = None if reuse is None else _saved(reuse, empty, samples)
+    plan = make_plan(
+        model_path, texts, method=method, index_bytes=index_bytes, n_fc=n_fc, bits=bits, n_ctx=n_ctx,
+        seed=seed, add=add,
+    )  # fmt: skip
+    fresh = None if reuse is None else _saved(reuse, plan.empty, plan.samples)
     if fresh is None:
-        fresh = _run(model_path, identity, samples, empty, progress)
+        fresh = _run(plan, progress, tell)
         if reuse is not None:
             fresh.save(reuse)
-    return joined([fresh, *before[1:]])
+    return joined([fresh, *plan.before])
 
 
 def profile_of(
@@ -147,7 +152,7 @@ def profile_of(
     method: str = "allocation",
     index_bytes: float | None = None,
     texts: Sequence[str | os.PathLike[str]] | None = None,
-    n_ctx: int = N_CTX,
+    n_ctx: int | None = None,
     seed: int = 0,
 ) -> Profile:
     """The profile that ``calibrate`` returns for what ``measure`` has added up, or ``Tally.load`` has read.
@@ -157,25 +162,21 @@ def profile_of(
 
     Raises ValueError for an index_bytes out of range, ProfileError for a tally of another model or method.
     """
-    _check(method, index_bytes, None, None, n_ctx, seed)
+    check_arguments(method, index_bytes, None, None, n_ctx, seed)
     identity = ModelIdentity.read(os.fspath(model_path))
-    candidates = tally.candidates
+    listed = tally.candidates
     if method == "allocation":
-        candidates = _candidates(method, identity.head_dim // 2, None, None, None)
+        listed = candidates(method, identity.head_dim // 2, None, None, None)
     one = len(tally.candidates) == 1
     if one == (method == "allocation") or not tally.is_like(
-        Tally.zeros(identity, _ranking(method), candidates)
+        Tally.zeros(identity, ranking_of(method), listed)
     ):
         raise ProfileError(
             f"The calibration run is not of the model {identity.name!r} and the method {method!r}; make one of them "
             "with `pyfasa calibrate --keep`."
         )
+    n_ctx = context_of(n_ctx, trained_context(model_path))
     return _profile(tally, identity, method, index_bytes, texts, n_ctx, seed)
-
-
-def _ranking(method: str) -> str:
-    """How chunks are ranked."""
-    return "variance" if method == "allocation" else method
 
 
 def _saved(path: str | os.PathLike[str], like: Tally, samples: Sequence[Sample]) -> Tally | None:
@@ -195,67 +196,55 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _check(
-    method: str,
-    index_bytes: float | None,
-    n_fc: int | None,
-    bits: int | None,
-    n_ctx: int,
-    seed: int,
-) -> None:
-    names = ("allocation", *METHODS)
-    if method not in names:
-        raise ValueError(f"method is {method!r}; it must be one of {', '.join(names)}.")
-    if n_ctx < 512:
-        raise ValueError(
-            f"n_ctx is {n_ctx}; fewer than 512 tokens say nothing about long contexts."
-        )
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must not be negative.")
-    if bits is not None and bits not in (1, 2, 4, 8):
-        raise ValueError(f"bits is {bits}; it must be 1, 2, 4 or 8.")
-    numbers = {"n_fc": n_fc, "bits": bits}
-    given = [f"{name} is {value}" for name, value in numbers.items() if value is not None]
-    if method == "allocation" and given:
-        raise ValueError(
-            f"{' and '.join(given)}, but n_fc and bits are what allocation finds; give index_bytes, or "
-            "method='variance' with them."
-        )
-    if index_bytes is not None and n_fc is not None:
-        raise ValueError("index_bytes and n_fc are both given; one follows from the other.")
-    if index_bytes is not None and not 0 < index_bytes < 1e6:
-        raise ValueError(f"index_bytes is {index_bytes}; it must be above 0.")
-
-
-def _run(
-    model_path: str | os.PathLike[str],
-    identity: ModelIdentity,
-    samples: Sequence[Sample],
-    tally: Tally,
-    progress: bool,
-) -> Tally:
-    """The tally with all samples added."""
+def _run(plan: Plan, progress: bool, tell: Tell | None) -> Tally:
+    """The sums with all samples added."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps"),
         TimeElapsedColumn(),
     )
-    room = max(sample.n_tokens for sample in samples)
-    with (
-        closing(
-            Llama(model_path, profile=False, n_ctx=room, n_threads=os.cpu_count(), verbose=False)
-        ) as llm,
-        Progress(
+    if tell is not None:
+        tell(f"memory: {estimate.memory(plan)}")
+    identity, samples = plan.identity, plan.samples
+    tally = Tally.zeros(identity, plan.empty.method, plan.empty.candidates)
+    with closing(open_model(plan)) as llm:
+        if tell is not None:
+            tell(f"time: {estimate.duration(estimate.seconds(llm, plan))}")
+        with Progress(
             *columns, disable=not progress, transient=True, console=Console(stderr=True)
-        ) as bar,
-    ):
-        task = bar.add_task("calibrating", total=len(samples) * (identity.n_layer + 1))
-        for sample in samples:
-            for _ in _add_sample(tally, llm, identity, sample):
-                bar.advance(task)
-    n_query = sum(len(sample.visible()) for sample in samples)
-    return replace(tally, data=_digest(samples), n_query=n_query)
+        ) as bar:
+            task = bar.add_task("calibrating", total=len(samples) * (identity.n_layer + 1))
+            for sample in samples:
+                for _ in _add_sample(tally, llm, identity, sample):
+                    bar.advance(task)
+    return replace(tally, data=_digest(samples), n_query=plan.n_query)
+
+
+def open_model(plan: Plan) -> Llama:
+    """The model in a context of the longest sample.
+
+    Raises ProfileError for a model of which no layer can be calibrated, which the first tokens show.
+    """
+    n_ctx = plan.longest.n_tokens
+    llm = Llama(
+        plan.model_path, profile=False, n_ctx=n_ctx, n_threads=os.cpu_count(), verbose=False
+    )
+    try:
+        with llm.fasa.capturing():
+            llm.eval(plan.longest.runs[0][0][:8])
+        nodes = llm.fasa.counters.nodes
+        # Which layers have windows is learned from longer texts.
+        if nodes["capture"] == nodes["swa"] == 0:
+            found = [f"{name} ({text})" for name, text in reasons().items() if nodes[name] > 0]
+            raise ProfileError(
+                f"No layer of {plan.identity.name!r} can be calibrated: {', '.join(found) or 'no attention was seen'}; "
+                "run this model dense."
+            )
+    except BaseException:
+        llm.close()
+        raise
+    return llm
 
 
 def _profile(
@@ -267,8 +256,7 @@ def _profile(
     n_ctx: int,
     seed: int,
 ) -> Profile:
-    budget = DEFAULT_BYTES * identity.head_dim if index_bytes is None else index_bytes
-    chosen = _choose(tally, budget)
+    chosen = _choose(tally, budget_of(identity, index_bytes))
     order = tally.order()
     known = tally.n_key[:, None, None] > 0  # a layer that was never seen stays dense
     used = np.where(known, tally.candidates[chosen], 0).astype(np.uint8)
@@ -291,31 +279,13 @@ def _profile(
         oracle=tally.possible(HELD_BACK)[..., -1].astype(np.float32),
         n_fc=n_fc,
         method=method,
-        data_name="Python standard library with hidden facts" if texts is None else _names(texts),
+        data_name=text_name(texts),
         data_sha256=tally.data,
         n_ctx=n_ctx,
         n_queries=tally.n_query,
         seed=seed,
         created_by=f"pyfasa {pyfasa.__version__}",
     )
-
-
-def _candidates(
-    method: str, n_chunk: int, n_fc: int | None, bits: int | None, index_bytes: float | None
-) -> npt.NDArray[np.uint8]:
-    """Bits per rank that calibration chooses between: (n_candidate, n_chunk)."""
-    if method == "allocation":
-        return np.array([allocation.bits_of(shape, n_chunk) for shape in allocation.shapes()])
-    width = bits or (4 if index_bytes is None else 2)
-    n = n_fc or n_chunk // 2
-    if index_bytes is not None:
-        sizes = [allocation.bytes_of(np.full(k, width)) for k in range(n_chunk + 1)]
-        n = max(k for k, size in enumerate(sizes) if size <= max(index_bytes, 0))
-        if n == 0:
-            raise ValueError(
-                f"index_bytes is {index_bytes:g}; a chunk of {width} bits has {sizes[1]} bytes, so give that or more."
-            )
-    return np.where(np.arange(n_chunk) < n, width, 0).astype(np.uint8)[None]
 
 
 def _choose(tally: Tally, index_bytes: float) -> npt.NDArray[np.int64]:
@@ -340,7 +310,3 @@ def _add_sample(
         if found is not None:
             tally.add_layer(identity, layer, *found, sample.visible())
         yield
-
-
-def _names(texts: Sequence[str | os.PathLike[str]]) -> str:
-    return ", ".join(Path(text).name for text in texts)

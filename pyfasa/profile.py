@@ -119,7 +119,7 @@ class Profile:
 
     def validate(self) -> None:
         """Raises ProfileError with the first invariant that does not hold."""
-        _validate_identity(self.identity)
+        validate_identity(self.identity)
         for name, most in _WHOLE.items():
             _whole(name, getattr(self, name), 0, most)
         for name in ("method", "data_name", "data_sha256", "created_by"):
@@ -206,7 +206,7 @@ class Profile:
         types = {field.name: str(field.type) for field in fields(cls)}
         scalars = {name: take.scalar(key, types[name]) for name, key in _SCALARS.items()}
         identity = ModelIdentity(**model)
-        _validate_identity(identity)
+        validate_identity(identity)
         arrays = {
             name: take.array(KEY_PREFIX + name, shape, name in _OPTIONAL)
             for name, shape in _shapes(identity, take.number("pyfasa.n_ranked")).items()
@@ -363,7 +363,8 @@ def _text(name: str, value: object) -> None:
         raise ProfileError(f"{name} is {value!r}; it must be a text that UTF-8 can hold.")
 
 
-def _validate_identity(model: ModelIdentity) -> None:
+def validate_identity(model: ModelIdentity) -> None:
+    """Raises ProfileError for a model that no profile can describe."""
     for name in ("name", "architecture", "tensor_hash", "sample_type", "sample_hash"):
         _text(f"model.{name}", getattr(model, name))
     for name in ("n_layer", "n_head", "n_head_kv"):

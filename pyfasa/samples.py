@@ -85,8 +85,13 @@ def make_samples(
     n_ctx: int,
     seed: int,
     documents: int = DOCUMENTS,
+    most: int = 0,
 ) -> list[Sample]:
-    """One sample per window of a text, or the built-in documents; ``pyfasa.calibrate`` documents the arguments."""
+    """One sample per window of a text, or the built-in documents; ``pyfasa.calibrate`` documents the arguments.
+
+    most : tokens of a sample at most; 0: no limit. Built-in documents are shortened to leave room for the questions,
+        which otherwise come after n_ctx tokens. ValueError if they then say nothing.
+    """
     if texts is not None and len(texts) == 0:
         raise ValueError(
             "texts is an empty list; name files, or leave it out for the built-in documents."
@@ -94,7 +99,8 @@ def make_samples(
     # The context's size depends on the samples, so they are made with the vocabulary alone.
     with closing(open_vocabulary(model_path)) as vocab:
         if texts is None:
-            return [_with_questions(vocab, n_ctx, seed * documents + i) for i in range(documents)]
+            seeds = range(seed * documents, (seed + 1) * documents)
+            return [_with_questions(vocab, n_ctx, own, most) for own in seeds]
         return [sample for text in texts for sample in _from_text(vocab, Path(text), n_ctx)]
 
 
@@ -108,7 +114,8 @@ def _from_text(vocab: llama_cpp.Llama, path: Path, n_ctx: int) -> list[Sample]:
     tokens = vocab.tokenize(content, add_bos=True)
     if len(tokens) < MIN_TEXT:
         raise ValueError(
-            f"{path} has {len(tokens)} tokens; a calibration text needs at least {MIN_TEXT}."
+            f"{path} has {len(tokens)} tokens; a calibration text needs at least {MIN_TEXT}. Name a longer one, or "
+            "none for the built-in documents."
         )
     n = max(1, min(WINDOWS, len(tokens) // n_ctx))
     starts = np.linspace(0, max(0, len(tokens) - n_ctx), n).astype(int)
@@ -120,21 +127,32 @@ def _asked(tokens: list[int]) -> list[tuple[list[int], bool]]:
     return [(tokens[:-QUERIES_OF_TEXT], False), (tokens[-QUERIES_OF_TEXT:], True)]
 
 
-def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int) -> Sample:
+def _with_questions(vocab: llama_cpp.Llama, n_ctx: int, seed: int, most: int) -> Sample:
     """A document in the model's chat template, then every question with its answer as further turns."""
 
     def tokenize(text: str, *, start: bool = False) -> list[int]:
         return list(vocab.tokenize(text.encode(), add_bos=start, special=True))
 
-    document = make_document(tokenize, n_ctx - 64, FACTS, seed)
-    (first, _), *turns = _turns(vocab, document)
-    # Answers look back at one place of the document; the end of the document and the first question ask as text does.
-    return Sample(
-        [
-            *_asked(tokenize(first, start=True)),
-            *((tokenize(text), wanted) for text, wanted in turns),
-        ]
-    )
+    n_document = n_ctx - 64
+    while True:
+        document = make_document(tokenize, n_document, FACTS, seed)
+        (first, _), *turns = _turns(vocab, document)
+        # Answers look back at one place of the document; its end and the first question ask as text does.
+        sample = Sample(
+            [
+                *_asked(tokenize(first, start=True)),
+                *((tokenize(text), wanted) for text, wanted in turns),
+            ]
+        )
+        over = sample.n_tokens - most
+        if most == 0 or over <= 0:
+            return sample
+        n_document -= over
+        if n_document < MIN_TEXT // 2:
+            raise ValueError(
+                f"The model was trained on contexts of {most} tokens, and the questions about a built-in document "
+                f"leave {max(0, n_document)} of them for the document; name a text of your own to calibrate on."
+            )
 
 
 def _turns(vocab: llama_cpp.Llama, document: Document) -> list[tuple[str, bool]]:

@@ -107,3 +107,21 @@ def tiny(tiny_model_path: Path) -> Iterator[Any]:
 def _no_upstream_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLAMA_ATTN_ROT_DISABLE", "PYFASA_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def few_facts() -> Iterator[None]:
+    """For calibrating a random model, which has a token per byte, so that questions are long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyfasa.samples.FACTS", 4)
+        yield
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of 700 bytes, which are as many tokens of a random model."""
+    import numpy as np
+
+    file = tmp_path / "text.txt"
+    file.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 700).astype(np.uint8)))
+    return file

@@ -28,6 +28,7 @@ F32 = npt.NDArray[np.float32]
 
 N_VOCAB = 512
 FIRST_BYTE = 3  # after <unk>, <s>, </s>
+SMALL: dict[str, Any] = {"n_ctx": 640, "progress": False}  # a calibration of seconds
 MAX_NMSE = 5e-4  # what llama.cpp allows between its own backends for flash attention
 
 
