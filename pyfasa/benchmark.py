@@ -1,4 +1,7 @@
-"""Decode speed at chosen cache depths: dense and FASA in alternating repetitions on one context."""
+"""Decode speed at chosen cache depths: dense and FASA in alternating repetitions on one context.
+
+With layers on a GPU and the cache in system memory, dense has a context of its own, see `bench`.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pyfasa import doctor
-from pyfasa.console import cells_read, markdown
-from pyfasa.synthetic import fill, read_state
+from pyfasa import machine, roofline
+from pyfasa.console import cells_read, markdown, percent
+from pyfasa.synthetic import SequenceState, fill, read_state
 
 if TYPE_CHECKING:
     from pyfasa.llama import Llama
@@ -46,12 +49,15 @@ class Settings:
     type_k: str = "f16"
     type_v: str = "f16"
     n_threads: int | None = None
+    n_gpu_layers: int = 0
+    offload_kqv: bool = True
     n_gen: int = 32
     repetitions: int = 5
     n_fc: int | None = None
     index_bits: int | None = None
     min_ctx: int | None = None
     profile: Path | None = None
+    bandwidth_gbs: float | None = None  # None: measured, where the CPU does all the work
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -61,6 +67,8 @@ class Settings:
             raise ValueError(f"depths are {self.depths}; give one or more, none negative")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"budgets are {self.budgets}; give one or more, all at least 1")
+        if self.bandwidth_gbs is not None and not self.bandwidth_gbs > 0:
+            raise ValueError(f"the bandwidth is {self.bandwidth_gbs} GB/s; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,53 @@ def repeat(llm: Llama, depth: int, tokens: Sequence[int], budget: int | None) ->
 
 
 def bench(settings: Settings, progress: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
-    """Yields a row per depth and attention: dense first, then FASA with each budget."""
+    """Yields a row per depth and attention: dense first, then FASA with each budget.
+
+    ValueError or RuntimeError when the model cannot be loaded, filled or decoded sparsely.
+    """
+    runs: list[int | None] = [None, *settings.budgets]
+    plain: dict[int, list[Repetition]] = {}
+    if settings.n_gpu_layers != 0 and not settings.offload_kqv:
+        # With a profile the CPU computes decode attention, also inside dense().
+        with _opened(settings, False, progress) as (llm, state, tokens):
+            for depth in settings.depths:
+                fill(llm, state, depth)
+                progress(f"depth {depth:,}, dense")
+                plain[depth] = [
+                    repeat(llm, depth, tokens, None) for _ in range(settings.repetitions)
+                ]
+    with _opened(settings, settings.profile, progress) as (llm, state, tokens):
+        if not llm.fasa.active:
+            raise RuntimeError(f"FASA is not active, there is nothing to time: {llm.fasa.reason}")
+        common = describe(llm, settings)
+        reads = roofline.Reads(
+            roofline.weight_bytes(settings.model), sum(t.rows.shape[1] for t in state.tensors)
+        )
+        bandwidth = settings.bandwidth_gbs
+        if bandwidth is None and common["backend"] == "CPU":
+            progress("measuring the memory")
+            bandwidth = roofline.read_bandwidth(llm.n_threads)
+        for depth in settings.depths:
+            progress(f"filling {depth:,} cells")
+            fill(llm, state, depth)
+            results = [plain.get(depth, []), *(list[Repetition]() for _ in settings.budgets)]
+            pairs = list(zip(results, runs, strict=True))
+            for i in range(settings.repetitions):
+                progress(f"depth {depth:,}, repetition {i + 1} of {settings.repetitions}")
+                for result, budget in pairs[1:] if plain else pairs:
+                    result.append(repeat(llm, depth, tokens, budget))
+            for result, budget in pairs:
+                measured = row(common, settings, depth, budget, llm.fasa.n_fc, result)
+                n_bytes = bytes_token(reads, depth, settings.n_gen, result)
+                token_ns = measured["avg_ns"] / settings.n_gen
+                yield measured | roofline.columns(n_bytes, bandwidth, token_ns)
+
+
+@contextmanager
+def _opened(
+    settings: Settings, profile: Path | Literal[False] | None, progress: Callable[[str], None]
+) -> Iterator[tuple[Llama, SequenceState, list[int]]]:
+    """A model, the state of some real cells of it, and the tokens to decode."""
     from pyfasa.llama import Llama
 
     llm = Llama(
@@ -104,37 +158,23 @@ def bench(settings: Settings, progress: Callable[[str], None] = lambda _: None) 
         n_ctx=max(REAL_CELLS, *settings.depths) + settings.n_gen + 8,
         n_threads=settings.n_threads,
         n_threads_batch=settings.n_threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        offload_kqv=settings.offload_kqv,
         type_k=settings.type_k,
         type_v=settings.type_v,
-        profile=settings.profile,
+        profile=profile,
         budget=settings.budgets[0],
         n_fc=settings.n_fc,
         index_bits=settings.index_bits,
         min_ctx=settings.min_ctx,
         verbose=False,
     )
-    try:
-        if not llm.fasa.active:
-            raise RuntimeError(f"FASA is not active, there is nothing to time: {llm.fasa.reason}")
+    with closing(llm):
         progress(f"evaluating {REAL_CELLS} tokens")
         rng = np.random.default_rng(0)
         llm.eval(rng.integers(0, llm.n_vocab(), REAL_CELLS).tolist())
         state = read_state(llm)
-        tokens = rng.integers(0, llm.n_vocab(), settings.n_gen).tolist()
-        common = describe(llm, settings)
-        runs: list[int | None] = [None, *settings.budgets]
-        for depth in settings.depths:
-            progress(f"filling {depth:,} cells")
-            fill(llm, state, depth)
-            results: list[list[Repetition]] = [[] for _ in runs]
-            for i in range(settings.repetitions):
-                progress(f"depth {depth:,}, repetition {i + 1} of {settings.repetitions}")
-                for result, budget in zip(results, runs, strict=True):
-                    result.append(repeat(llm, depth, tokens, budget))
-            for result, budget in zip(results, runs, strict=True):
-                yield row(common, settings, depth, budget, llm.fasa.n_fc, result)
-    finally:
-        llm.close()
+        yield llm, state, rng.integers(0, llm.n_vocab(), settings.n_gen).tolist()
 
 
 def describe(llm: Llama, settings: Settings) -> Row:
@@ -143,15 +183,19 @@ def describe(llm: Llama, settings: Settings) -> Row:
 
     text = ctypes.create_string_buffer(128)
     llama_cpp.llama_model_desc(llm.model, text, len(text))
-    cpu = doctor.cpu()
+    cpu = machine.cpu()
+    devices = machine.devices()
+    gpus = [d.name for d in devices if d.is_gpu and settings.n_gpu_layers != 0]
     return {
-        "build_commit": doctor.ggml_string("ggml_commit"),
+        "build_commit": machine.ggml_string("ggml_commit"),
         "build_number": None,  # not exported by libllama
         "llama_cpp_python_version": llama_cpp.__version__,
-        "pyfasa_version": doctor.pyfasa_version(),
+        "pyfasa_version": machine.pyfasa_version(),
         "cpu_info": cpu.model,
         "machine": f"{cpu.model}, {cpu.cores} cores",
-        "backends": ", ".join(device.name for device in doctor.devices()),
+        "backends": ", ".join(device.name for device in devices),
+        "backend": gpus[0].rstrip("0123456789") if gpus else "CPU",
+        "model": settings.model.stem,
         "model_filename": str(settings.model),
         "model_type": text.value.decode(),
         "model_size": llama_cpp.llama_model_size(llm.model),
@@ -159,9 +203,27 @@ def describe(llm: Llama, settings: Settings) -> Row:
         "n_batch": llm.n_batch,
         "n_ubatch": llm.context_params.n_ubatch,
         "n_threads": llm.n_threads,
+        "n_gpu_layers": settings.n_gpu_layers,
+        "no_kv_offload": not settings.offload_kqv,
         "flash_attn": True,
         **{name: getattr(settings, name) for name in ("type_k", "type_v", "command")},
     }
+
+
+def bytes_token(
+    reads: roofline.Reads, depth: int, n_gen: int, results: Sequence[Repetition]
+) -> float:
+    """Bytes that a token of these repetitions reads on average; each sees one cell more."""
+    counted = [r.counters for r in results]
+    n_token = n_gen * len(counted)
+    nodes = sum(sum(c.nodes.values()) for c in counted)
+    sparse = sum(c.nodes.get("sparse", 0) for c in counted)
+    return reads.of_token(
+        depth + (n_gen + 1) / 2,
+        dense=1 - sparse / nodes if nodes else 1.0,
+        scored=sum(c.bytes_scored for c in counted) / n_token,
+        attended=sum(c.bytes_attended for c in counted) / n_token,
+    )
 
 
 def row(
@@ -218,7 +280,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """llama-bench's table with the ratio to dense; below it the stages in us per token."""
+    """llama-bench's table with the ratio to dense, the stages in us per token, and the roofline."""
 
     def of_run(r: Row) -> tuple[Any, ...]:
         return r["type_k"], r["type_v"], r["n_depth"]
@@ -253,6 +315,22 @@ def to_markdown(rows: Sequence[Row]) -> str:
     ]
     if stages:
         parts.append(markdown(stages))
+    floors = [
+        {
+            "roofline": f"d{r['n_depth']}",
+            **{name: r[name] for name in ("type_k", "type_v", "attention")},
+            "budget": "" if r["budget"] is None else str(r["budget"]),
+            "MB per token": f"{r['bytes_token'] / 1e6:.2f}",
+            "GB/s": f"{r['bandwidth_gbs']:.1f}",
+            "floor us": f"{r['floor_ns'] / 1e3:.0f}",
+            "measured us": f"{r['avg_ns'] / r['n_gen'] / 1e3:.0f}",
+            "floor / measured": percent(r["floor_share"]),
+        }
+        for r in rows
+        if r.get("bandwidth_gbs") is not None
+    ]
+    if floors:
+        parts.append(markdown(floors, left=("attention",)))
     build = "{machine}; pyfasa {pyfasa_version}, llama-cpp-python {llama_cpp_python_version}"
     parts.append(build.format_map(rows[0]))
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""The `pyfasa` command: parse, call, print. Profiles and eval have files of their own.
+"""The `pyfasa` command: parse, call, print. Larger commands have files of their own.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error told in one
 sentence, 2 wrong usage, 130 interrupted.
@@ -7,16 +7,13 @@ sentence, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pyfasa import cli_plugin, cli_profiles, cli_serve, console
+from pyfasa import cli_bench, cli_plugin, cli_profiles, cli_serve, console
 from pyfasa.cli_chat import chat
 from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
@@ -24,19 +21,26 @@ from pyfasa.options import (
     KvType,
     MinCtx,
     Model,
-    Output,
-    PlotFile,
     ProfileFile,
     Seed,
     Threads,
     TypeK,
     TypeV,
-    kv_types,
-    numbers,
 )
 
+
+class Commands(console.Group):
+    """Lists bench, which has a command of its own and would come last, before eval."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        names.remove("bench")
+        names.insert(names.index("eval"), "bench")
+        return names
+
+
 app = typer.Typer(
-    cls=console.Group,
+    cls=Commands,
     help="Faster decoding over long contexts on top of llama-cpp-python (FASA, arXiv 2602.03152).",
     no_args_is_help=True,
     add_completion=False,
@@ -47,7 +51,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from pyfasa.doctor import pyfasa_version
+        from pyfasa.machine import pyfasa_version
 
         typer.echo(f"pyfasa {pyfasa_version()}")
         raise typer.Exit()
@@ -94,9 +98,9 @@ def run(
     text = "\n\n".join([*parts, prompt] if prompt else parts)
     if not text:
         raise typer.BadParameter("nothing to read: give a prompt with -p, documents with --file")
-    from pyfasa.doctor import cpu
     from pyfasa.errors import DenseWarning
     from pyfasa.llama import Llama
+    from pyfasa.machine import cpu
 
     tokens, n_ctx_train = console.prompt_tokens(model, text)
     n_ctx = ctx or len(tokens) + max_tokens + 1
@@ -138,66 +142,6 @@ def run(
         console.note(f"dense: {reason or ', '.join(answer.dense)}")
 
 
-def bench(
-    model: Annotated[Path, typer.Option("-m", "--model", help="A GGUF model.")],
-    depth: Annotated[
-        str, typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens in the cache.")
-    ] = "8192",
-    type_k: Annotated[
-        str, typer.Option("-ctk", "--cache-type-k", metavar="T,..", help="Types of the K cache.")
-    ] = "f16",
-    type_v: Annotated[
-        str, typer.Option("-ctv", "--cache-type-v", metavar="T,..", help="Types of the V cache.")
-    ] = "f16",
-    threads: Threads = None,
-    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to decode.")] = 32,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Repetitions.")] = 5,
-    output: Annotated[Output, typer.Option("-o", "--output", help="Output format.")] = Output.md,
-    budget: Annotated[
-        str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
-    ] = "1024",
-    n_fc: Chunks = None,
-    index_bits: Annotated[
-        int | None, typer.Option("--index-bits", help="1, 2, 4 or 8 bits per scored dim.")
-    ] = None,
-    min_ctx: MinCtx = None,
-    profile: ProfileFile = None,
-    plot: PlotFile = None,
-) -> None:
-    """Time decoding, dense against FASA, with a cache filled to a depth."""
-    from pyfasa import benchmark, plotting
-    from pyfasa.doctor import cpu
-
-    if plot is not None:
-        plotting.check_output(plot)  # before minutes of work
-    settings = benchmark.Settings(
-        model=model,
-        depths=numbers(depth),
-        budgets=numbers(budget),
-        n_threads=threads or cpu().cores,
-        n_gen=n_gen,
-        repetitions=repetitions,
-        n_fc=n_fc,
-        index_bits=index_bits,
-        min_ctx=min_ctx,
-        profile=profile,
-        command=shlex.join(["pyfasa", *sys.argv[1:]]),
-    )
-    with console.stderr().status("loading") as status:
-        rows = [
-            row
-            for k in kv_types(type_k)
-            for v in kv_types(type_v)
-            for row in benchmark.bench(replace(settings, type_k=k, type_v=v), status.update)
-        ]
-    typer.echo(benchmark.FORMATS[output.value](rows))
-    if plot is not None:
-        from pyfasa.evaluation.plots import speed_against_depth
-
-        plotting.save(speed_against_depth(rows), plot)
-        console.note(f"wrote {plot}")
-
-
 def doctor(
     model: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", help="Also check this.")
@@ -207,10 +151,14 @@ def doctor(
     type_v: TypeV = KvType.f16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what is installed, whether FASA can work, and what to do about each problem."""
+    """Tell what is installed, whether FASA can work, and what to do about each problem.
+
+    Each finding is ok, a note (it works, and could work better) or a PROBLEM (FASA cannot work, or the context does not
+    fit), with what to do. Exit code: 0 without a problem, 1 with one.
+    """
     from pyfasa import doctor as checks
 
-    findings = checks.examine()
+    findings = checks.examine(type_k.value, type_v.value)
     if model is not None:
         healthy = not any(finding.status == "problem" for finding in findings)
         findings += checks.examine_model(
@@ -259,9 +207,9 @@ for command in (
     cli_profiles.extract,
     cli_profiles.remove,
     cli_profiles.inspect,
-    bench,
 ):
     app.command()(command)
+app.add_typer(cli_bench.app, name="bench")
 app.command("eval")(evaluate)
 app.command()(cli_plugin.env)
 # options of the tool are its own, also without "--"

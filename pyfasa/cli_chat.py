@@ -63,9 +63,9 @@ def chat(
     from pyfasa.chat.session import Session
     from pyfasa.chat.states import States, default_folder
     from pyfasa.chat.terminal import screen
-    from pyfasa.doctor import cpu
     from pyfasa.errors import DenseWarning
     from pyfasa.llama import Llama
+    from pyfasa.machine import cpu
 
     documents = [read_document(path) for path in file or []]
     text = "\n\n".join(document.text for document in documents)

@@ -69,8 +69,8 @@ def bundled_model() -> Path:
 
 def show(settings: Settings) -> bool:
     """Runs the demo on the terminal; true when FASA answered as many questions as dense."""
-    from pyfasa.doctor import cpu
     from pyfasa.llama import Llama
+    from pyfasa.machine import cpu
 
     out = console.stdout()
     n_threads = settings.n_threads or cpu().cores

@@ -27,6 +27,13 @@ class Output(str, Enum):
     csv = "csv"
 
 
+class BenchOutput(str, Enum):
+    md = "md"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
 class Table(str, Enum):
     md = "md"
     json = "json"

@@ -14,9 +14,10 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from pyfasa import benchmark
+from pyfasa import benchmark, roofline
 from pyfasa.benchmark import Repetition, Settings
 from pyfasa.cli import app
 from pyfasa.native import KV_TYPES, Counters, Timings, kv_row_bytes, kv_to_float
@@ -229,6 +230,19 @@ def test_markdown_tables_line_up() -> None:
     assert "pyfasa 1.2.3" in machine
 
 
+def test_markdown_has_the_roofline_where_the_bandwidth_is_known() -> None:
+    rows = [r | roofline.columns(3e6, 2.0, r["avg_ns"] / 10) for r in some_rows()]
+    _, _, floors, _ = benchmark.FORMATS["md"](rows).split("\n\n")
+    assert len({len(line) for line in floors.splitlines()}) == 1
+    cells = [[c.strip() for c in line.split("|")[-6:-1]] for line in floors.splitlines()[2:]]
+    assert cells == [
+        ["3.00", "2.0", "1500", "10000", "15 %"],
+        ["3.00", "2.0", "1500", "1000", "150 %"],
+    ]
+    unknown = [r | roofline.columns(3e6, None, 1.0) for r in some_rows()]
+    assert len(benchmark.FORMATS["md"](unknown).split("\n\n")) == 3
+
+
 def test_bench_from_the_command_line(tiny_model_path: Path) -> None:
     """Two depths, one below min_ctx: dense there, sparse at the other, and the cache unharmed."""
     arguments = f"bench -m {tiny_model_path} -d 64,4096 -ctk q8_0 -ctv q8_0 -n 4 -r 2"
@@ -253,6 +267,74 @@ def test_bench_from_the_command_line(tiny_model_path: Path) -> None:
             assert row["score_ns"] > 0
         else:
             assert row["cells_read"] == 1.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_jsonl_keeps_what_a_cut_off_run_measured(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before the interrupt is on stdout, whole, also with a spinner on a terminal."""
+    rows = some_rows()
+    screen = Console(file=io.StringIO(), force_terminal=terminal)
+    monkeypatch.setattr("pyfasa.console.stderr", lambda: screen)
+
+    def cut_off(*_: Any) -> Iterator[benchmark.Row]:
+        yield from rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyfasa.benchmark.bench", cut_off)
+    result = CliRunner().invoke(app, ["bench", "-m", "m.gguf", "-o", "jsonl"])
+    assert result.exit_code == 130
+    assert [json.loads(line) for line in result.stdout.splitlines()] == rows
+
+
+def test_jsonl_lines_are_rows(tiny_model_path: Path) -> None:
+    options = ["-d", "600,700", "-n", "2", "-r", "1", "--budget", "64", "-o", "jsonl"]
+    result = CliRunner().invoke(app, ["bench", "-m", str(tiny_model_path), *options])
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(r["n_depth"], r["attention"]) for r in rows] == [
+        (depth, attention) for depth in (600, 700) for attention in ("dense", "fasa")
+    ]
+    for r in rows:
+        assert (r["backend"], r["model"]) == ("CPU", tiny_model_path.stem)
+        assert (r["n_gpu_layers"], r["no_kv_offload"]) == (0, False)
+
+
+def test_baseline_of_a_cache_in_system_memory(tiny_model_path: Path) -> None:
+    """Dense rows come from a context without a profile, and are as many as the others."""
+    options = [
+        "-d",
+        "600",
+        "-n",
+        "2",
+        "-r",
+        "2",
+        "--budget",
+        "64,128",
+        "-ngl",
+        "-1",
+        "-nkvo",
+        "1",
+        "-o",
+        "json",
+    ]
+    result = CliRunner().invoke(app, ["bench", "-m", str(tiny_model_path), *options])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(r["attention"], r["budget"]) for r in rows] == [
+        ("dense", None),
+        ("fasa", 64),
+        ("fasa", 128),
+    ]
+    assert [len(r["samples_ns"]) for r in rows] == [2, 2, 2]
+    assert rows[0]["nodes"].get("sparse", 0) == 0
+
+
+def test_bench_needs_a_model() -> None:
+    result = CliRunner().invoke(app, ["bench", "-d", "600"])
+    assert result.exit_code == 2
+    assert "pyfasa bench -m model.gguf" in result.stderr
 
 
 def test_bench_without_profile_is_one_sentence(tiny_model_path: Path, tmp_path: Path) -> None:

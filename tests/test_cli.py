@@ -142,7 +142,7 @@ def test_debug_shows_the_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
+    def interrupted(*_: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyfasa.doctor.examine", interrupted)

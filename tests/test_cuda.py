@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pyfasa import doctor, native
+from pyfasa import machine, native
 from pyfasa.handle import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
-has_gpu = any(d.type == "GPU" and d.name.startswith("CUDA") for d in doctor.devices())
+has_gpu = any(d.type == "GPU" and d.name.startswith("CUDA") for d in machine.devices())
 
 
 def test_the_sentence_says_what_is_there() -> None:

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 
-from pyfasa.doctor import cpu
+from pyfasa.machine import cpu
 from pyfasa.plugin import library_path
 
 # K/V type, depth, rounds, repetitions in each, tokens of a repetition. llama-bench restores the cache before each

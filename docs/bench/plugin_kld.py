@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from pyfasa import Llama
-from pyfasa.doctor import cpu
 from pyfasa.documents import make_document
+from pyfasa.machine import cpu
 from pyfasa.plugin import library_path
 
 N_CTX, N_CHUNKS, ROWS = 8192, 3, 8

@@ -16,7 +16,7 @@ import numpy as np
 
 from pyfasa import Llama
 from pyfasa.benchmark import REAL_CELLS
-from pyfasa.doctor import cpu
+from pyfasa.machine import cpu
 from pyfasa.synthetic import fill, read_state
 
 DEPTH, REPETITIONS, KV_TYPE = 30_000, 15, "q8_0"

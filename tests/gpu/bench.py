@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyfasa import benchmark, doctor
+from pyfasa import benchmark, machine
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.synthetic import fill, read_state
@@ -25,7 +25,7 @@ from check import profile_of
 
 
 def device_name() -> str:
-    return next(d.description for d in doctor.devices() if d.type == "GPU")
+    return next(d.description for d in machine.devices() if d.type == "GPU")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 
 import pyfasa
-from pyfasa import demo, doctor, native
+from pyfasa import demo, machine, native
 from pyfasa.embed import find_profile
 from pyfasa.identity import ModelIdentity
 from pyfasa.profile import Profile
@@ -185,7 +185,7 @@ def split(path: Path, tokens: list[int], n_decode: int = 16) -> None:
         "min_ctx": 512,
     }
     n_layer = ModelIdentity.read(path).n_layer
-    n_gpu = sum(d.type == "GPU" for d in doctor.devices())
+    n_gpu = sum(d.type == "GPU" for d in machine.devices())
     whole, llm = logits(path, tokens, n_decode, n_gpu_layers=-1, split_mode=0, **common)
     llm.close()
     ways = {f"{n_layer // 2} of {n_layer} layers on the GPU": {"n_gpu_layers": n_layer // 2}}
@@ -211,7 +211,7 @@ def main() -> None:
     n_token = int(sys.argv[2]) if len(sys.argv) > 2 else 3000
     print("CUDA:", native.cuda()[1])
     expect("CUDA kernels are loaded", native.cuda()[0])
-    print("; ".join(f"{d.name}: {d.description}" for d in doctor.devices()))
+    print("; ".join(f"{d.name}: {d.description}" for d in machine.devices()))
     rng = np.random.default_rng(7)
     tokens = [int(t) for t in rng.integers(3, 250, n_token)]
     for kv in ("f16", "q8_0", "q4_0", "bf16"):
