@@ -134,14 +134,13 @@ class Llama(llama_cpp.Llama):
         The parent does so each time, for which llama.cpp looks at every cell: 0.2 ms per token at 131,072.
         """
         ctx = self._ctx
-        if llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) >= self.n_tokens:
-            yield
-            return
-        ctx.kv_cache_seq_rm = lambda *_: True  # type: ignore[method-assign]
+        vars(ctx).pop("kv_cache_seq_rm", None)  # left by an interrupt
+        if llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) < self.n_tokens:
+            ctx.kv_cache_seq_rm = lambda *_: True  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del ctx.kv_cache_seq_rm
+            vars(ctx).pop("kv_cache_seq_rm", None)
 
     @contextmanager
     def dense(self) -> Iterator[Llama]:

@@ -34,7 +34,7 @@ AS_MODULE = "runpy.run_module('pyfasa', run_name='__main__', alter_sys=True)"
 AS_SCRIPT = "from pyfasa.__main__ import main; main()"
 
 # the last one while options are read
-MOMENTS = ("pyfasa.cli", "typer", "rich.console", "pyfasa.options", "pyfasa.doctor")
+MOMENTS = ("pyfasa.cli", "typer", "rich.console", "pyfasa.options", "pyfasa.cli_bench")
 
 
 @pytest.mark.parametrize("start", [AS_MODULE, AS_SCRIPT])

@@ -15,7 +15,7 @@ from pathlib import Path
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tables import markdown, put
 
-from pyfasa.calibration import DEFAULT_BYTES
+from pyfasa.calibration_plan import DEFAULT_BYTES
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("f16", "q8_0", "q4_0")
