@@ -111,7 +111,7 @@ def _usage(source: Path, name: str, model: Path | None) -> str:
     found = source == model or source.stem.endswith("-fasa")
     profile = "" if found else f', profile="{source.name}"'
     return (
-        "import pyfasa\n"
+        "import pyfasa\n\n"
         f'llm = pyfasa.Llama("{name}"{profile}, n_ctx={n_ctx})\n'
         'print(llm.create_chat_completion([{"role": "user", "content": "..."}])["choices"][0]["message"])'
     )

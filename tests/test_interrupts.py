@@ -191,6 +191,10 @@ def test_commands(command: str, seconds: float, plain_model_path: Path, tmp_path
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    told = [line for line in err.split("\n") if line.strip() and not line.startswith(("memory: ", "time: "))]
+    told = [
+        line
+        for line in err.split("\n")
+        if line.strip() and not line.startswith(("memory: ", "time: "))
+    ]
     assert told in ([], ["interrupted"])
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

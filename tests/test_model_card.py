@@ -38,7 +38,9 @@ def test_the_card_of_the_bundled_model(own: Profile, tiny_model_path: Path) -> N
     assert values["frequency chunks"] == f"{used.min()} to {used.max()} of 32 per KV head"
     assert values["calibrated on"].endswith("documents of 4,096 tokens, 676 queries")
     assert "```sh\npyfasa calibrate pyfasa-tiny-12m-Q8_0.gguf\n```" in out
-    assert f"````markdown\n{out}````" in (ROOT / "docs" / "calibrate.md").read_text(encoding="utf-8")
+    assert f"````markdown\n{out}````" in (ROOT / "docs" / "calibrate.md").read_text(
+        encoding="utf-8"
+    )
     assert "icen" not in out  # neutral about licences
     assert max(map(len, out.splitlines())) < 200
 
