@@ -60,7 +60,7 @@ def test_its_use_works(
     code, out, _ = call("inspect", file, "--card")
     assert code == 0
     lines = re.search(r"```python\n(.*)\n```", out, re.DOTALL)[1].splitlines()  # type: ignore[index]
-    assert len(lines) == 3
+    assert len([line for line in lines if line]) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec("\n".join(lines[:2]), names)
