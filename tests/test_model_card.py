@@ -59,8 +59,9 @@ def test_its_use_works(
         own.save(file)
     code, out, _ = call("inspect", file, "--card")
     assert code == 0
-    lines = re.search(r"```python\n(.*)\n```", out, re.DOTALL)[1].splitlines()  # type: ignore[index]
-    assert len([line for line in lines if line]) == 3
+    lines = re.search(r"```python\n(.*)\n```", out, re.DOTALL)[1].split("\n")  # type: ignore[index]
+    lines = [line for line in lines if line]
+    assert len(lines) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec("\n".join(lines[:2]), names)
