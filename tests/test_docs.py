@@ -68,7 +68,7 @@ def sentences(file: str) -> list[list[str]]:
             values = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [v.value for v in values if isinstance(v, ast.Constant)]
             parts = [text for text in texts if isinstance(text, str)]
-            if len(re.findall(r"[A-Za-z]+", " ".join(parts))) >= 4:
+            if len(re.findall(r"[A-Za-z_]+", " ".join(parts))) >= 4:
                 found.append(parts)
             return
         for child in ast.iter_child_nodes(node):
