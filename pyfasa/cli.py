@@ -69,6 +69,13 @@ def options(
     pass
 
 
+def _document(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"The document {path} cannot be read: {error.strerror}.") from error
+
+
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask.")] = "",
@@ -94,7 +101,7 @@ def run(
     profile: ProfileFile = None,
 ) -> None:
     """Ask a model, with documents before the question."""
-    parts = [path.read_text(encoding="utf-8", errors="replace") for path in file or []]
+    parts = [_document(path) for path in file or []]
     text = "\n\n".join([*parts, prompt] if prompt else parts)
     if not text:
         raise typer.BadParameter("nothing to read: give a prompt with -p, documents with --file")

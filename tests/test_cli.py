@@ -390,3 +390,9 @@ def test_share_of_the_cache_read() -> None:
     assert console.cells_read({"prefill": 6}, 0, 0) == 1.0
     assert console.cells_read({"sparse": 6}, 1000, 100) == pytest.approx(0.1)
     assert console.cells_read({"sparse": 3, "no_profile": 3}, 1000, 100) == pytest.approx(0.55)
+
+
+def test_a_document_that_is_not_there(tiny_model_path: Path) -> None:
+    code, out, err = call("run", tiny_model_path, "--file", "none.txt", "-p", "hi")
+    assert (code, out) == (1, "")
+    assert err == "error: The document none.txt cannot be read: No such file or directory.\n"
