@@ -231,7 +231,7 @@ test-wheel: wheel
 	$(PYTHON) -m venv $(CLEAN)/venv
 	$(CLEAN)/venv/bin/pip install --quiet --no-cache-dir $(addprefix --find-links ,$(LLAMA_WHEELS)) "$$(ls dist/*.whl)[test]"
 	mkdir $(CLEAN)/tree
-	cp -r README.md pyproject.toml docs models native tests $(CLEAN)/tree
+	cp -r *.md LICENSE Makefile mkdocs.yml pyproject.toml docs models native tests $(CLEAN)/tree
 	cd $(CLEAN)/tree && ../venv/bin/python -I -c "import pyfasa; print('testing', pyfasa.__file__)"
 	cd $(CLEAN)/tree && ../venv/bin/pytest -p no:cacheprovider --rootdir .
 

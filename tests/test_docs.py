@@ -74,7 +74,7 @@ def sentences(file: str) -> list[list[str]]:
         for child in ast.iter_child_nodes(node):
             look(child)
 
-    look(ast.parse((ROOT / "pyfasa" / file).read_text(encoding="utf-8")))
+    look(ast.parse((Path(native.__file__).parents[1] / file).read_text(encoding="utf-8")))
     return found
 
 
