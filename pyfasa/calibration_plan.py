@@ -209,12 +209,7 @@ def context_of(n_ctx: int | None, n_ctx_train: int) -> int:
 
 def trained_context(model_path: str | os.PathLike[str]) -> int:
     """Tokens of the contexts that a GGUF model was trained on; 0: it does not say."""
-    return _number(Header.read(shard_names(os.fspath(model_path))[0]), "context_length")
-
-
-def _number(header: Header, name: str) -> int:
-    value = header.values.get(f"{header.values.get('general.architecture')}.{name}")
-    return int(value) if isinstance(value, (np.integer, np.floating)) else 0
+    return Header.read(shard_names(os.fspath(model_path))[0]).number("context_length")
 
 
 def _checked_model(model_path: str | os.PathLike[str], identity: ModelIdentity) -> int:
@@ -228,10 +223,10 @@ def _checked_model(model_path: str | os.PathLike[str], identity: ModelIdentity) 
         "attention.max_alibi_bias": "a position bias (ALiBi) on its attention",
     }
     for name, what in found.items():
-        if _number(header, name) > 0:
+        if header.number(name) > 0:
             raise ProfileError(
-                f"{identity.name!r} has {what} ({identity.architecture}.{name} is {_number(header, name)}); "
+                f"{identity.name!r} has {what} ({identity.architecture}.{name} is {header.number(name)}); "
                 "frequency chunks need plain RoPE attention, so run this model dense."
             )
     validate_identity(identity)
-    return _number(header, "context_length")
+    return header.number("context_length")

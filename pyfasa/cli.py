@@ -7,7 +7,6 @@ sentence, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +17,13 @@ from pyfasa.cli_chat import chat
 from pyfasa.cli_eval import evaluate
 from pyfasa.options import (
     Chunks,
+    Documents,
     KvType,
     MinCtx,
     Model,
     ProfileFile,
     Seed,
+    Temperature,
     Threads,
     TypeK,
     TypeV,
@@ -69,19 +70,10 @@ def options(
     pass
 
 
-def _document(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"The document {path} cannot be read: {error.strerror}.") from error
-
-
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask.")] = "",
-    file: Annotated[
-        list[Path] | None, typer.Option("-f", "--file", help="Document to put first; repeatable.")
-    ] = None,
+    file: Documents = None,
     dense: Annotated[bool, typer.Option("--dense", help="Attend to everything.")] = False,
     budget: Annotated[int, typer.Option("--budget", help="Tokens that a head attends to.")] = 1024,
     n_fc: Chunks = None,
@@ -96,33 +88,24 @@ def run(
     max_tokens: Annotated[
         int, typer.Option("-n", "--max-tokens", min=1, help="Tokens to generate at most.")
     ] = 256,
-    temp: Annotated[float, typer.Option("--temp", min=0.0, help="0: the likeliest token.")] = 0.0,
+    temp: Temperature = 0.0,
     seed: Seed = 0,
     profile: ProfileFile = None,
 ) -> None:
     """Ask a model, with documents before the question."""
-    parts = [_document(path) for path in file or []]
+    parts = [console.read_text(path) for path in file or []]
     text = "\n\n".join([*parts, prompt] if prompt else parts)
     if not text:
         raise typer.BadParameter("nothing to read: give a prompt with -p, documents with --file")
-    from pyfasa.errors import DenseWarning
-    from pyfasa.llama import Llama
-    from pyfasa.machine import cpu
-
     tokens, n_ctx_train = console.prompt_tokens(model, text)
     n_ctx = ctx or len(tokens) + max_tokens + 1
     if len(tokens) >= n_ctx:
         raise ValueError(f"the text has {len(tokens)} tokens and the context {n_ctx}; raise -c")
-    if n_ctx > n_ctx_train > 0:
-        console.note(f"warning: a context of {n_ctx} tokens; {model.name} knows {n_ctx_train}")
-    cores = threads or cpu().cores
-    # the reason is told at the end
-    warnings.simplefilter("ignore", DenseWarning)
-    llm = Llama(
-        str(model),
-        n_ctx=n_ctx,
-        n_threads=cores,
-        n_threads_batch=cores,
+    llm = console.open_model(
+        model,
+        n_ctx,
+        n_ctx_train,
+        threads,
         type_k=type_k.value,
         type_v=type_v.value,
         seed=seed,
@@ -130,7 +113,6 @@ def run(
         budget=budget,
         n_fc=n_fc,
         min_ctx=min_ctx,
-        verbose=False,
     )
     try:
         with console.token_progress("reading") as update:
@@ -164,6 +146,7 @@ def doctor(
     fit), with what to do. Exit code: 0 without a problem, 1 with one.
     """
     from pyfasa import doctor as checks
+    from pyfasa.judgements import line
 
     findings = checks.examine(type_k.value, type_v.value)
     if model is not None:
@@ -175,7 +158,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"ok": ok, "checks": [vars(f) for f in findings]}, indent=2))
     else:
-        typer.echo("\n".join(checks.line(finding) for finding in findings))
+        typer.echo("\n".join(line(finding) for finding in findings))
     raise typer.Exit(0 if ok else 1)
 
 

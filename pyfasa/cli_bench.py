@@ -16,6 +16,7 @@ from pyfasa import console
 from pyfasa.options import (
     BenchOutput,
     Chunks,
+    IndexBits,
     MinCtx,
     PlotFile,
     ProfileFile,
@@ -62,9 +63,7 @@ def bench(
         str, typer.Option("--budget", metavar="B,..", help="Tokens that a head attends to.")
     ] = "1024",
     n_fc: Chunks = None,
-    index_bits: Annotated[
-        int | None, typer.Option("--index-bits", help="1, 2, 4 or 8 bits per scored dim.")
-    ] = None,
+    index_bits: IndexBits = None,
     min_ctx: MinCtx = None,
     profile: ProfileFile = None,
     bandwidth: Annotated[

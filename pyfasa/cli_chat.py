@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +10,13 @@ import typer
 from pyfasa import console
 from pyfasa.options import (
     Chunks,
+    Documents,
     KvType,
     MinCtx,
     Model,
     ProfileFile,
     Seed,
+    Temperature,
     Threads,
     TypeK,
     TypeV,
@@ -27,9 +27,7 @@ ROOM = 8192  # tokens for the turns, beside the documents
 
 def chat(
     model: Model,
-    file: Annotated[
-        list[Path] | None, typer.Option("-f", "--file", help="Document to put first; repeatable.")
-    ] = None,
+    file: Documents = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Attend to everything; /dense changes it.")
     ] = False,
@@ -48,7 +46,7 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option("-n", "--max-tokens", min=1, help="Tokens of an answer at most.")
     ] = 1024,
-    temp: Annotated[float, typer.Option("--temp", min=0.0, help="0: the likeliest token.")] = 0.0,
+    temp: Temperature = 0.0,
     seed: Seed = 0,
     profile: ProfileFile = None,
     cache: Annotated[
@@ -63,24 +61,16 @@ def chat(
     from pyfasa.chat.session import Session
     from pyfasa.chat.states import States, default_folder
     from pyfasa.chat.terminal import screen
-    from pyfasa.errors import DenseWarning
-    from pyfasa.llama import Llama
-    from pyfasa.machine import cpu
 
     documents = [read_document(path) for path in file or []]
     text = "\n\n".join(document.text for document in documents)
     tokens, n_ctx_train = console.prompt_tokens(model, text)
     n_ctx = ctx or context_size(len(tokens), max_tokens, n_ctx_train)
-    if n_ctx > n_ctx_train > 0:
-        console.note(f"warning: a context of {n_ctx} tokens; {model.name} knows {n_ctx_train}")
-    cores = threads or cpu().cores
-    # the reason is told below
-    warnings.simplefilter("ignore", DenseWarning)
-    llm = Llama(
-        str(model),
-        n_ctx=n_ctx,
-        n_threads=cores,
-        n_threads_batch=cores,
+    llm = console.open_model(
+        model,
+        n_ctx,
+        n_ctx_train,
+        threads,
         type_k=type_k.value,
         type_v=type_v.value,
         seed=seed,
@@ -88,7 +78,6 @@ def chat(
         budget=budget,
         n_fc=n_fc,
         min_ctx=min_ctx,
-        verbose=False,
     )
     with closing(llm):
         llm.fasa.enabled = not dense

@@ -10,13 +10,10 @@ from typing import Annotated
 import typer
 
 from pyfasa import console
-from pyfasa.options import Chunks, MinCtx, ProfileFile
+from pyfasa.options import Chunks, IndexBits, MinCtx, ProfileFile
 
 Budget = Annotated[
     int | None, typer.Option("--budget", min=1, help="Tokens that a head attends to.")
-]
-IndexBits = Annotated[
-    int | None, typer.Option("--index-bits", help="1, 2, 4 or 8 bits per scored dim.")
 ]
 Stats = Annotated[
     Path | None,

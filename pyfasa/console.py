@@ -240,14 +240,46 @@ def message_tokens(llm: llama_cpp.Llama, messages: Sequence[dict[str, str]]) -> 
 
 def prompt_tokens(model: Path, text: str) -> tuple[list[int], int]:
     """chat_tokens of a model file, and the context size it was trained for; loads no weights."""
-
     from pyfasa.identity import Header
     from pyfasa.samples import open_vocabulary
 
-    header = Header.read(model)
-    trained = header.values.get(f"{header.values.get('general.architecture')}.context_length", 0)
+    trained = Header.read(model).number("context_length")
     with closing(open_vocabulary(model)) as vocabulary:
-        return chat_tokens(vocabulary, text), int(str(trained))
+        return chat_tokens(vocabulary, text), trained
+
+
+def read_text(path: Path) -> str:
+    """The text of a document. Raises OSError, whose text is a sentence."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise type(error)(f"The document {path} cannot be read: {error.strerror}.") from error
+
+
+def open_model(
+    model: Path, n_ctx: int, n_ctx_train: int, threads: int | None, **arguments: Any
+) -> Llama:
+    """A model to talk to, with a warning about a context that it was not trained on.
+
+    Why it is dense is not warned about: the commands tell it where it fits.
+    n_ctx_train: 0 if that is unknown; threads: None for all CPUs
+    """
+    from pyfasa.errors import DenseWarning
+    from pyfasa.llama import Llama
+    from pyfasa.machine import cpu
+
+    if n_ctx > n_ctx_train > 0:
+        note(f"warning: a context of {n_ctx} tokens; {model.name} knows {n_ctx_train}")
+    cores = threads or cpu().cores
+    warnings.simplefilter("ignore", DenseWarning)
+    return Llama(
+        str(model),
+        n_ctx=n_ctx,
+        n_threads=cores,
+        n_threads_batch=cores,
+        verbose=False,
+        **arguments,
+    )
 
 
 def prefill(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pyfasa.console import human_bytes, index_memory, percent
 from pyfasa.embed import find_profile, sidecar_path
 from pyfasa.flash_attention import services
-from pyfasa.footprint import Footprint, footprint
+from pyfasa.footprint import Footprint, cell_bytes, footprint
 from pyfasa.identity import ModelIdentity
 from pyfasa.judgements import (
     Finding,
@@ -22,7 +23,6 @@ from pyfasa.judgements import (
     judge_memory,
     judge_nodes,
     judge_pairs,
-    line,
 )
 from pyfasa.machine import (
     Device,
@@ -35,8 +35,6 @@ from pyfasa.machine import (
     system_features,
 )
 from pyfasa.profile import Profile
-
-__all__ = ["cpu", "devices", "examine", "examine_model", "line", "pyfasa_version"]
 
 
 def examine(type_k: str = "f16", type_v: str = "f16") -> list[Finding]:
@@ -148,9 +146,8 @@ def examine_model(
         f"{model.n_head_kv} KV heads, head size {model.head_dim}, rope {model.rope}"
     )
     profile, found = _profile(path, model, n_ctx)
-    need, q8_0 = (
-        footprint(path, model, profile, *types) for types in ((type_k, type_v), ("q8_0", "q8_0"))
-    )
+    need = footprint(path, model, profile, type_k, type_v)
+    q8_0 = replace(need, cell=cell_bytes(model, "q8_0", "q8_0"))
     findings = [Finding("model", about), *found, *_memory(n_ctx, need, q8_0)]
     if live and profile is not None:
         findings.append(_attempt("decode", lambda: _decode(path, type_k, type_v), ""))

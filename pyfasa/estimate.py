@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pyfasa import synthetic
 from pyfasa.console import human_bytes
+from pyfasa.footprint import whole_cells
 from pyfasa.identity import Header, shard_names
 from pyfasa.tally import ROWS, Tally
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pyfasa.llama import Llama
 
 N_BATCH = 512  # tokens that pyfasa.Llama evaluates at once
-CELL_STEP = 256  # llama.cpp makes caches of whole steps
 PROBE_TOKENS = 128  # of a prompt
 PROBE_QUERIES = 16  # of an answer
 PROBE_CELLS = 1024  # keys of the layer that is added up
@@ -63,7 +63,7 @@ def memory(plan: Plan) -> Memory:
     shards = shard_names(plan.model_path)
     header = Header.read(shards[0])
     model = plan.identity
-    n_cells = -(-plan.longest.n_tokens // CELL_STEP) * CELL_STEP
+    n_cells = whole_cells(plan.longest.n_tokens)
     v_dim = header.values.get(f"{model.architecture}.attention.value_length", model.head_dim)
     row = model.n_head_kv * (model.head_dim + int(np.max(v_dim)))
     embedding = header.tensors.get("token_embd.weight")

@@ -26,11 +26,11 @@ class Footprint:
 
     def cache(self, n_ctx: int) -> int:
         """Bytes of K and V for a context of n_ctx tokens."""
-        return self.cell * _cells(n_ctx)
+        return self.cell * whole_cells(n_ctx)
 
     def total(self, n_ctx: int) -> int:
         """All bytes for a context of n_ctx tokens."""
-        return self.weights + (self.cell + self.index) * _cells(n_ctx)
+        return self.weights + (self.cell + self.index) * whole_cells(n_ctx)
 
     def largest_context(self, available: int) -> int:
         """Tokens of the largest context that fits into so many bytes; 0 if none does."""
@@ -38,7 +38,8 @@ class Footprint:
         return max(0, cells // CELLS_STEP * CELLS_STEP)
 
 
-def _cells(n_ctx: int) -> int:
+def whole_cells(n_ctx: int) -> int:
+    """Cells that llama.cpp makes for a context of n_ctx tokens."""
     return -(-n_ctx // CELLS_STEP) * CELLS_STEP
 
 
@@ -51,12 +52,17 @@ def footprint(
     Raises ModelFileError for damaged or missing files.
     """
     headers = [Header.read(shard) for shard in shard_names(path)]
-    n_value = model.n_layer * model.n_head_kv * model.head_dim
     return Footprint(
         weights=sum(t.n_bytes for header in headers for t in header.tensors.values()),
-        cell=type_bytes(type_k, n_value) + type_bytes(type_v, n_value),
+        cell=cell_bytes(model, type_k, type_v),
         index=0 if profile is None else round(float(profile.bytes_per_cell().sum())),
     )
+
+
+def cell_bytes(model: ModelIdentity, type_k: str, type_v: str) -> int:
+    """K and V of one cell, in all layers."""
+    n_value = model.n_layer * model.n_head_kv * model.head_dim
+    return type_bytes(type_k, n_value) + type_bytes(type_v, n_value)
 
 
 def type_bytes(name: str, n: int) -> int:

@@ -75,6 +75,11 @@ class Header:
     data_start: int
     alignment: int
 
+    def number(self, name: str) -> int:
+        """A number of the model's architecture, such as "context_length"; 0: the file does not say."""
+        value = self.values.get(f"{self.values.get('general.architecture')}.{name}")
+        return int(value) if isinstance(value, (np.integer, np.floating)) else 0
+
     @classmethod
     def read(cls, path: str | Path) -> Header:
         """Raises ModelFileError when the file is missing, not a GGUF file, damaged or cut off."""

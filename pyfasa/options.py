@@ -21,12 +21,6 @@ class KvType(str, Enum):  # as in native.KV_TYPES, which takes a second to impor
     iq4_nl = "iq4_nl"
 
 
-class Output(str, Enum):
-    md = "md"
-    json = "json"
-    csv = "csv"
-
-
 class BenchOutput(str, Enum):
     md = "md"
     json = "json"
@@ -57,6 +51,13 @@ Chunks = Annotated[
 MinCtx = Annotated[
     int | None, typer.Option("--min-ctx", min=0, help="Stay dense below this many tokens.")
 ]
+IndexBits = Annotated[
+    int | None, typer.Option("--index-bits", help="1, 2, 4 or 8 bits per scored dim.")
+]
+Documents = Annotated[
+    list[Path] | None, typer.Option("-f", "--file", help="Document to put first; repeatable.")
+]
+Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="0: the likeliest token.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 

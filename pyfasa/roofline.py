@@ -72,14 +72,7 @@ def weight_bytes(path: str | Path) -> int:
     that are not chosen. Raises ModelFileError for damaged or missing files.
     """
     headers = [Header.read(shard) for shard in shard_names(path)]
-    values = headers[0].values
-    architecture = values.get("general.architecture")
-
-    def experts(name: str) -> int:
-        value = values.get(f"{architecture}.{name}", 0)
-        return int(value) if isinstance(value, np.integer) else 0
-
-    used, count = experts("expert_used_count"), experts("expert_count")
+    used, count = (headers[0].number(name) for name in ("expert_used_count", "expert_count"))
     tensors = (tensor for header in headers for tensor in header.tensors.values())
     return tensor_bytes(tensors, used / count if 0 < used <= count else 1.0)
 

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from pyfasa import Llama, reference
 from pyfasa.console import chat_tokens
-from pyfasa.doctor import cpu
 from pyfasa.documents import ask, make_document
 from pyfasa.identity import ModelIdentity
+from pyfasa.machine import cpu
 from pyfasa.plotting import COLOURS, DPI, GREY, dress, empty_figure, legend
 from pyfasa.recall import Attention
 

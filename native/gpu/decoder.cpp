@@ -1,7 +1,6 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "../backend.h"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyfasa import console
-from pyfasa.console import Answer, Stream
+from pyfasa.console import Answer, Stream, read_text
 from pyfasa.errors import FasaError, WriteError
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class Reading:
 
 
 def read_document(path: Path) -> Document:
-    """The text of a file; ValueError when it is empty or not text."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """The text of a file; OSError when it cannot be read, ValueError when it is empty or not text."""
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty; give a document with text.")
     if "\0" in text:

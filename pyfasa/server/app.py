@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette_context.middleware import RawContextMiddleware
 from starlette_context.plugins import RequestIdPlugin
 
-from pyfasa.doctor import pyfasa_version
+from pyfasa.machine import pyfasa_version
 from pyfasa.server import pages
 from pyfasa.server.clients import OPEN_PATHS, Gate
 from pyfasa.server.errors import respond
