@@ -32,6 +32,20 @@ ROWS = 160  # per sample and KV head, of all its query heads, on which candidate
 CHOICE, HELD_BACK = 0, 1  # parts of the rows: to choose between candidates, to report on the choice
 
 
+def channels(n_key: Ints, key_sum: F64, key_square: F64) -> tuple[F32, F32]:
+    """Mean and deviation of channels [n_layer, n_head_kv, head_dim] from the sums over n_key [n_layer] keys.
+
+    With both taken out no channel outgrows the few levels of the index, and scores keep their order.
+    """
+    n = np.maximum(n_key, 1)[:, None, None]
+    center = key_sum / n
+    deviation = np.sqrt(np.maximum(key_square / n - center**2, 0))
+    mean = deviation.mean(axis=2, keepdims=True)
+    # A channel that hardly moves must not be blown up to the size of the others.
+    scale = np.where(mean > 0, np.maximum(deviation, 0.05 * mean), 1.0)
+    return center.astype(np.float32), np.maximum(scale, 1e-20).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Tally:
     """Sums over samples. candidates u8 [n_candidate, n_chunk]: bits per rank, best chunk first.
@@ -129,17 +143,8 @@ class Tally:
         return np.argsort(-self.importance, axis=2, kind="stable").astype(np.uint16)
 
     def channels(self) -> tuple[F32, F32]:
-        """Mean and deviation of each channel of the keys: [n_layer, n_head_kv, head_dim].
-
-        With both taken out no channel outgrows the few levels of the index, and scores keep their order.
-        """
-        n = np.maximum(self.n_key, 1)[:, None, None]
-        center = self.key_sum / n
-        deviation = np.sqrt(np.maximum(self.key_square / n - center**2, 0))
-        mean = deviation.mean(axis=2, keepdims=True)
-        # A channel that hardly moves must not be blown up to the size of the others.
-        scale = np.where(mean > 0, np.maximum(deviation, 0.05 * mean), 1.0)
-        return center.astype(np.float32), np.maximum(scale, 1e-20).astype(np.float32)
+        """Mean and deviation of each channel of the keys: [n_layer, n_head_kv, head_dim]."""
+        return channels(self.n_key, self.key_sum, self.key_square)
 
     def found(self, part: int) -> F64:
         """Mean attention mass of each candidate: [n_layer, n_head_kv, n_candidate, n_share]; 0 without rows."""

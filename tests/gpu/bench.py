@@ -2,20 +2,22 @@
 
     python tests/gpu/bench.py MODEL --kv q8_0 --depths 4096,32768,131072 --bits 4,2 --budget 2048
 
-The cache is filled by evaluating random tokens, each depth going on from the one before. The profile is random when the
-model has none: speed depends on shapes only.
+The cache is filled by evaluating random tokens, each depth going on from the one before. When the model has no
+profile, its chunks are random, and its channels are centered and scaled by what some of the model's keys are, as
+`pyfasa calibrate` does: select is faster when scores of following tokens are spread alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from pyfasa import benchmark, machine
+from pyfasa import benchmark, machine, tally
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.synthetic import fill, read_state
@@ -26,6 +28,34 @@ from check import profile_of
 
 def device_name() -> str:
     return next(d.description for d in machine.devices() if d.type == "GPU")
+
+
+def with_channels(profile: Profile, path: Path, n_token: int = 8192) -> Profile:
+    llm = Llama(
+        str(path),
+        n_ctx=n_token,
+        n_ubatch=2048,
+        n_batch=2048,
+        n_gpu_layers=-1,
+        profile=False,
+        verbose=False,
+    )
+    llm.eval(np.random.default_rng(1).integers(3, 250, n_token).tolist())
+    keys = [t.rows.view(np.float16) for t in read_state(llm).tensors[: profile.identity.n_layer]]
+    llm.close()
+    shape = (profile.identity.n_head_kv, profile.identity.head_dim)
+    center, scale = tally.channels(
+        np.full(len(keys), n_token),
+        np.array([k.mean(axis=0, dtype=np.float64).reshape(shape) * n_token for k in keys]),
+        np.array(
+            [
+                np.square(k, dtype=np.float32).mean(axis=0, dtype=np.float64).reshape(shape)
+                * n_token
+                for k in keys
+            ]
+        ),
+    )
+    return dataclasses.replace(profile, center=center, scale=scale)
 
 
 def main() -> None:
@@ -55,6 +85,8 @@ def main() -> None:
         command="python tests/gpu/bench.py " + " ".join([args.model.name, *sys.argv[2:]]),
     )
     profile = profile_of(args.model)
+    if profile.center is None:
+        profile = with_channels(profile, args.model)
 
     def open_model(profile: Profile | bool) -> Llama:
         # A short piece of the deepest context must fit after the last repetition.

@@ -8,6 +8,7 @@ Exits with 1 at the first thing that is not as it should be. MODEL needs a profi
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -206,6 +207,45 @@ def split(path: Path, tokens: list[int], n_decode: int = 16) -> None:
         llm.close()
 
 
+def free_memory() -> int:
+    return sum(d.free for d in machine.devices(memory=True) if d.is_gpu)
+
+
+def endurance(path: Path, n_decode: int = 20_000, n_prompt: int = 2000) -> None:
+    """Many tokens decoded, each the likeliest after the one before: no memory is lost, and the index stays K's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        llm = pyfasa.Llama(
+            str(path), n_ctx=n_prompt + n_decode + 64, n_gpu_layers=-1, profile=profile_of(path), budget=256,
+            min_ctx=512, type_k="q8_0", type_v="q8_0", verbose=False,
+        )  # fmt: skip
+    llm.eval(np.random.default_rng(11).integers(3, 250, n_prompt).tolist())
+    start, early, late = time.perf_counter(), 0, 0
+    for i in range(n_decode):
+        pointer = llama_cpp.llama_get_logits(llm.ctx)
+        row = np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),))
+        if not np.isfinite(row).all():
+            expect(f"logits of token {i} are finite", False)
+            break
+        llm.eval([int(row.argmax())])
+        if i == 2000:
+            early = free_memory()
+    late = free_memory()
+    seconds = time.perf_counter() - start
+    expect(
+        f"{n_decode} tokens decoded: device memory lost since token 2,000",
+        late >= early,
+        f"{early - late} bytes, {n_decode / seconds:.0f} tokens/s",
+    )
+    sparse = llm.fasa.counters.nodes["sparse"]
+    llm.fasa.verify = True
+    llm.eval([5])
+    expect("their index is what a rebuild makes of K", llm.fasa.counters.verify_failures == 0)
+    n_layer = ModelIdentity.read(path).n_layer
+    expect("all of them were sparse", sparse == n_layer * n_decode, sparse)
+    llm.close()
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     n_token = int(sys.argv[2]) if len(sys.argv) > 2 else 3000
@@ -219,6 +259,7 @@ def main() -> None:
     split(path, tokens)
     if find_profile(path) is not None:
         retrieval(path)
+        endurance(path)
     print("all as it should be" if failures == 0 else f"{failures} FAILED")
     sys.exit(failures > 0)
 

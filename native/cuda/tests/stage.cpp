@@ -77,10 +77,10 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     sinks.to_device();
     mask.host.assign(s.n_kv * s.n_rows * s.n_stream, 0);
     for (int64_t row = 0; row < s.n_rows * s.n_stream; ++row) {
-        // The second row sees few cells; all rows have holes and end before the view does.
+        // The second row sees few cells; all rows end before the view does, and have holes unless they are only timed.
         const int64_t seen = row == 1 ? s.n_kv / 9 : s.n_kv - 3 - row;
         for (int64_t c = 0; c < s.n_kv; ++c) {
-            mask.host[row * s.n_kv + c] = c >= seen || (c > 0 && rng() % 16 == 0) ? fasa::kHalfMinusInf : 0;
+            mask.host[row * s.n_kv + c] = c >= seen || (!s.small && c > 0 && rng() % 16 == 0) ? fasa::kHalfMinusInf : 0;
         }
     }
     mask.to_device();
