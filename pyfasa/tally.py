@@ -32,7 +32,7 @@ ROWS = 160  # per sample and KV head, of all its query heads, on which candidate
 CHOICE, HELD_BACK = 0, 1  # parts of the rows: to choose between candidates, to report on the choice
 
 
-def channels(n_key: Ints, key_sum: F64, key_square: F64) -> tuple[F32, F32]:
+def channels(n_key: F64, key_sum: F64, key_square: F64) -> tuple[F32, F32]:
     """Mean and deviation of channels [n_layer, n_head_kv, head_dim] from the sums over n_key [n_layer] keys.
 
     With both taken out no channel outgrows the few levels of the index, and scores keep their order.

@@ -45,7 +45,7 @@ def with_channels(profile: Profile, path: Path, n_token: int = 8192) -> Profile:
     llm.close()
     shape = (profile.identity.n_head_kv, profile.identity.head_dim)
     center, scale = tally.channels(
-        np.full(len(keys), n_token),
+        np.full(len(keys), float(n_token)),
         np.array([k.mean(axis=0, dtype=np.float64).reshape(shape) * n_token for k in keys]),
         np.array(
             [
