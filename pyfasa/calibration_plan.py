@@ -15,7 +15,7 @@ from pyfasa import allocation
 from pyfasa.attach import check_host
 from pyfasa.errors import ProfileError, WriteError
 from pyfasa.identity import Header, ModelIdentity, shard_names
-from pyfasa.profile import validate_identity
+from pyfasa.profile_checks import validate_identity
 from pyfasa.ranking import METHODS
 from pyfasa.samples import MIN_TEXT, Sample, make_samples
 from pyfasa.tally import Tally, joined

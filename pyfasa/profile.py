@@ -22,13 +22,21 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_VERSION, GGUFValueType
 
 from pyfasa.errors import ModelFileError, ProfileError, WriteError
 from pyfasa.identity import NUMBER_TYPES, Header, ModelIdentity, Value, shard_names
+from pyfasa.profile_checks import (
+    BITS,
+    frozen,
+    text,
+    validate_channels,
+    validate_chunks,
+    validate_identity,
+    validate_report,
+    whole,
+)
 
 VERSION = 1
 KEY_PREFIX = "pyfasa."
 VERSION_KEY = "pyfasa.version"
 SIDECAR_TYPE = "fasa-profile"
-BITS = (8, 4, 2, 1)  # the order of the segments of an index row
-MAX_HEAD_DIM = 256
 
 # Field -> key. What a reader of a metadata dump wants to know first comes first.
 _SCALARS = {
@@ -110,7 +118,7 @@ class Profile:
         for name, dtype in _ARRAYS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                object.__setattr__(self, name, _frozen(name, value, np.dtype(dtype)))
+                object.__setattr__(self, name, frozen(name, value, np.dtype(dtype)))
         self.validate()
 
     @property
@@ -121,22 +129,22 @@ class Profile:
         """Raises ProfileError with the first invariant that does not hold."""
         validate_identity(self.identity)
         for name, most in _WHOLE.items():
-            _whole(name, getattr(self, name), 0, most)
+            whole(name, getattr(self, name), 0, most)
         for name in ("method", "data_name", "data_sha256", "created_by"):
-            _text(name, getattr(self, name))
+            text(name, getattr(self, name))
         model = self.identity
-        _validate_chunks(self.chunks, self.bits, model)
+        validate_chunks(self.chunks, self.bits, model)
         if not 1 <= self.n_fc <= self.n_ranked:
             raise ProfileError(
                 f"n_fc is {self.n_fc}; {self.n_ranked} chunks are ranked, so 1 to that many."
             )
         for name in _CHANNELS:
             if (array := getattr(self, name)) is not None:
-                _validate_channels(name, array, model)
+                validate_channels(name, array, model)
         shapes = _shapes(model, self.n_ranked)
         for name in _REPORTS:
             if (array := getattr(self, name)) is not None:
-                _validate_report(name, array, shapes[name])
+                validate_report(name, array, shapes[name])
 
     def with_bits(self, bits: int) -> Profile:
         """The same chunks with `bits` bits each: 1, 2, 4 or 8."""
@@ -338,49 +346,6 @@ class _Fields:
         return flat.reshape(shape)
 
 
-def _frozen(name: str, value: npt.ArrayLike, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """A read-only copy in C order; ProfileError when the values do not fit the type."""
-    array = np.asarray(value)
-    if array.dtype.kind not in ("ui" if dtype.kind == "u" else "uif"):
-        raise ProfileError(f"{name} holds {array.dtype} values; it must hold {dtype} values.")
-    if dtype.kind == "u" and array.size:
-        low, high, most = int(array.min()), int(array.max()), int(np.iinfo(dtype).max)
-        if low < 0 or high > most:
-            raise ProfileError(f"{name} holds {low} to {high}; its values are 0 to {most}.")
-    with np.errstate(over="ignore"):
-        copy = array.astype(dtype, order="C", copy=True)
-    copy.setflags(write=False)
-    return copy
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
-        raise ProfileError(f"{name} is {value!r}; it must be a whole number, {low} to {high}.")
-
-
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value.encode(errors="ignore").decode() == value:
-        raise ProfileError(f"{name} is {value!r}; it must be a text that UTF-8 can hold.")
-
-
-def validate_identity(model: ModelIdentity) -> None:
-    """Raises ProfileError for a model that no profile can describe."""
-    for name in ("name", "architecture", "tensor_hash", "sample_type", "sample_hash"):
-        _text(f"model.{name}", getattr(model, name))
-    for name in ("n_layer", "n_head", "n_head_kv"):
-        _whole(f"model.{name}", getattr(model, name), 1, 2**16 - 1)
-    _whole("model.head_dim", model.head_dim, 2, MAX_HEAD_DIM)
-    _whole("model.n_rot", model.n_rot, 2, model.head_dim)
-    for name in ("head_dim", "n_rot"):
-        if getattr(model, name) % 2:
-            raise ProfileError(f"model.{name} is {getattr(model, name)}; it must be even.")
-    if model.rope not in ("norm", "neox"):
-        raise ProfileError(f"model.rope is {model.rope!r}; it must be 'norm' or 'neox'.")
-    base = model.rope_freq_base
-    if not (isinstance(base, float) and math.isfinite(base) and base > 0):
-        raise ProfileError(f"model.rope_freq_base is {base!r}; it must be a number above 0.")
-
-
 def _shapes(model: ModelIdentity, n_ranked: int) -> dict[str, tuple[int, ...]]:
     """Of each array."""
     rows = (model.n_layer, model.n_head_kv)
@@ -388,51 +353,3 @@ def _shapes(model: ModelIdentity, n_ranked: int) -> dict[str, tuple[int, ...]]:
     channels = dict.fromkeys(_CHANNELS, (*rows, model.head_dim))
     found = ranks | channels | dict.fromkeys(("recall", "oracle"), rows)
     return {name: found[name] for name in _ARRAYS}
-
-
-def _validate_report(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ProfileError(f"{name} has the shape {array.shape}; it must be {shape}.")
-    if not np.isfinite(array).all():
-        raise ProfileError(f"{name} holds values that are no numbers.")
-
-
-def _validate_channels(name: str, array: npt.NDArray[np.float32], model: ModelIdentity) -> None:
-    wanted = (model.n_layer, model.n_head_kv, model.head_dim)
-    if array.shape != wanted:
-        raise ProfileError(
-            f"{name} has the shape {array.shape}; [n_layer, n_head_kv, head_dim] is {wanted}."
-        )
-    wrong = ~np.isfinite(array) | (array <= 0 if name == "scale" else False)
-    if wrong.any():
-        layer, head, dim = (int(i) for i in np.argwhere(wrong)[0])
-        raise ProfileError(
-            f"{name} of layer {layer}, KV head {head}, dim {dim} is {array[layer, head, dim]}; "
-            f"it must be finite{' and above 0' if name == 'scale' else ''}."
-        )
-
-
-def _validate_chunks(
-    chunks: npt.NDArray[np.uint16], bits: npt.NDArray[np.uint8], model: ModelIdentity
-) -> None:
-    rows = (model.n_layer, model.n_head_kv)
-    if chunks.ndim != 3 or chunks.shape[:2] != rows or chunks.shape[2] < 1:
-        raise ProfileError(
-            f"chunks has the shape {chunks.shape}; [n_layer, n_head_kv, n_ranked] begins with "
-            f"{rows} for this model, and n_ranked is at least 1."
-        )
-    if bits.shape != chunks.shape:
-        raise ProfileError(f"bits has the shape {bits.shape}, chunks has {chunks.shape}.")
-    limit, used = model.head_dim // 2, bits > 0
-    # Unused ranks get ids that nothing else has, so that equal neighbours are real duplicates.
-    ids = np.sort(np.where(used, chunks, np.arange(chunks.shape[2]) + 2**16), axis=2)
-    for wrong, text in (
-        (~np.isin(bits, (0, *BITS)), "{bits} bits; 1, 2, 4 and 8 exist, and 0 for unused"),
-        (used[:, :, 1:] & ~used[:, :, :-1], "a chunk in use after an unused rank"),
-        (used & (chunks >= limit), f"chunk {{chunk}}; head_dim {2 * limit} has 0 to {limit - 1}"),
-        (ids[:, :, 1:] == ids[:, :, :-1], "the same chunk twice"),
-    ):
-        if wrong.any():
-            here = tuple(int(i) for i in np.argwhere(wrong)[0])
-            found = text.format(bits=bits[here], chunk=chunks[here])
-            raise ProfileError(f"Layer {here[0]}, KV head {here[1]} has {found}.")
