@@ -14,7 +14,8 @@ import numpy.typing as npt
 from pyfasa import allocation
 from pyfasa.attach import check_host
 from pyfasa.errors import ProfileError, WriteError
-from pyfasa.identity import Header, ModelIdentity, shard_names
+from pyfasa.gguf_header import Header, shard_names
+from pyfasa.identity import ModelIdentity
 from pyfasa.profile_checks import validate_identity
 from pyfasa.ranking import METHODS
 from pyfasa.samples import MIN_TEXT, Sample, make_samples

@@ -68,7 +68,7 @@ def calibrate(
         raise ValueError(f"{path} exists; choose another name with -o, or replace it with --force")
     from pyfasa.calibration import calibrate as find_chunks
     from pyfasa.calibration_plan import check_output, make_plan
-    from pyfasa.identity import Header
+    from pyfasa.gguf_header import Header
 
     Header.read(model)  # a model that is not there is told before the folder that is not
     for file in (path, keep):
@@ -157,7 +157,8 @@ def inspect(
     """Show a model's identity, its profile, and what the side index costs."""
     from pyfasa import plotting
     from pyfasa.embed import find_profile
-    from pyfasa.identity import Header, ModelIdentity
+    from pyfasa.gguf_header import Header
+    from pyfasa.identity import ModelIdentity
     from pyfasa.profile import SIDECAR_TYPE, Profile
 
     if plot is not None:

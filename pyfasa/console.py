@@ -240,7 +240,7 @@ def message_tokens(llm: llama_cpp.Llama, messages: Sequence[dict[str, str]]) -> 
 
 def prompt_tokens(model: Path, text: str) -> tuple[list[int], int]:
     """chat_tokens of a model file, and the context size it was trained for; loads no weights."""
-    from pyfasa.identity import Header
+    from pyfasa.gguf_header import Header
     from pyfasa.samples import open_vocabulary
 
     trained = Header.read(model).number("context_length")

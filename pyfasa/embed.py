@@ -14,7 +14,8 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 
 from pyfasa.errors import ModelFileError, ProfileError
-from pyfasa.identity import Header, ModelIdentity, shard_names
+from pyfasa.gguf_header import Header, shard_names
+from pyfasa.identity import ModelIdentity
 from pyfasa.profile import KEY_PREFIX, VERSION_KEY, Profile, replacing
 
 Progress: TypeAlias = Callable[[int, int], None]

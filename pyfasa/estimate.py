@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pyfasa import synthetic
 from pyfasa.console import human_bytes
 from pyfasa.footprint import whole_cells
-from pyfasa.identity import Header, shard_names
+from pyfasa.gguf_header import Header, shard_names
 from pyfasa.tally import ROWS, Tally
 
 if TYPE_CHECKING:

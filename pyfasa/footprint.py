@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from pyfasa.identity import Header, ModelIdentity, shard_names
+from pyfasa.gguf_header import Header, shard_names
+from pyfasa.identity import ModelIdentity
 from pyfasa.profile import Profile
 
 CELLS_STEP = 256  # llama.cpp rounds a context up to it

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_VERSION, GGUFValueType
 
 from pyfasa.errors import ModelFileError, ProfileError, WriteError
-from pyfasa.identity import NUMBER_TYPES, Header, ModelIdentity, Value, shard_names
+from pyfasa.gguf_header import NUMBER_TYPES, Header, Value, shard_names
+from pyfasa.identity import ModelIdentity
 from pyfasa.profile_checks import (
     BITS,
     frozen,

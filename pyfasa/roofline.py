@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pyfasa.identity import Header, Tensor, shard_names
+from pyfasa.gguf_header import Header, Tensor, shard_names
 from pyfasa.machine import available_memory
 
 GIB = 2**30

@@ -22,7 +22,9 @@ import atheris
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-with atheris.instrument_imports(include=["pyfasa.profile", "pyfasa.identity", "pyfasa.embed"]):
+with atheris.instrument_imports(
+    include=["pyfasa.profile", "pyfasa.gguf_header", "pyfasa.identity", "pyfasa.embed"]
+):
     from pyfasa import embed, identity
     from pyfasa import profile as profiles
 

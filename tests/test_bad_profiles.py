@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyfasa.errors import ProfileError
-from pyfasa.identity import NUMBER_TYPES, Value
+from pyfasa.gguf_header import NUMBER_TYPES, Value
 from pyfasa.profile import Profile, _pack
 from test_profile import make_identity, make_profile
 

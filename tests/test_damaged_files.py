@@ -21,7 +21,8 @@ from caches import TINY
 from pyfasa import Profile, native
 from pyfasa.embed import sidecar_path
 from pyfasa.errors import DenseWarning, ModelFileError, ProfileError
-from pyfasa.identity import Header, ModelIdentity
+from pyfasa.gguf_header import Header
+from pyfasa.identity import ModelIdentity
 from support import decode, opened, opened_plain, random_profile, random_tokens, write_model
 from test_bad_profiles import write
 from test_identity import write_model as write_identity_model

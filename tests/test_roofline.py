@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pyfasa import benchmark, machine, roofline
 from pyfasa.benchmark import Repetition
 from pyfasa.cli import app
-from pyfasa.identity import ModelIdentity, Tensor
+from pyfasa.gguf_header import Tensor
+from pyfasa.identity import ModelIdentity
 from pyfasa.native import Counters, Timings
 from pyfasa.roofline import Reads
 

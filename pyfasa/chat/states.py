@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyfasa.errors import WriteError
-from pyfasa.identity import shard_names
+from pyfasa.gguf_header import shard_names
 
 if TYPE_CHECKING:
     from pyfasa.llama import Llama

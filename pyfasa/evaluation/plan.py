@@ -10,7 +10,7 @@ from pyfasa.console import note
 from pyfasa.evaluation import mass, teacher
 from pyfasa.evaluation import tasks as questions
 from pyfasa.evaluation.tasks import read_custom
-from pyfasa.identity import Header
+from pyfasa.gguf_header import Header
 
 TASKS = (*questions.TASKS, *teacher.TASKS, mass.TASK, "custom")
 TOKENS = (4096, 8192)
