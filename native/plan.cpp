@@ -131,6 +131,11 @@ const Visible & MaskCache::row(const ggml_tensor * mask, int64_t stream, int64_t
     return v;
 }
 
+bool is_view_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
+           t->op == GGML_OP_TRANSPOSE;
+}
+
 const ggml_tensor * before_cast(const ggml_tensor * t) {
     return t->op == GGML_OP_CPY && t->src[0]->type == GGML_TYPE_F32 ? t->src[0] : t;
 }

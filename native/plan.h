@@ -63,6 +63,9 @@ struct PlanContext {
     bool                     device = false; // of a CUDA device: masks are read by the kernels, rows are not listed
 };
 
+// Nodes that compute nothing: views of another tensor, and inputs.
+bool is_view_op(const ggml_tensor * t);
+
 // llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.
 const ggml_tensor * before_cast(const ggml_tensor * t);
 

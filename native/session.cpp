@@ -10,11 +10,7 @@
 
 namespace fasa {
 
-namespace {
-
 static_assert(sizeof(fasa_counters::nodes) / sizeof(int64_t) == FASA_REASON_COUNT, "a counter per reason");
-
-} // namespace
 
 void check_config(const fasa_config & c) {
     if (c.budget < 1) {

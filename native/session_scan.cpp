@@ -11,11 +11,6 @@ namespace fasa {
 
 namespace {
 
-bool is_view_op(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
-           t->op == GGML_OP_TRANSPOSE;
-}
-
 // The cells that a SET_ROWS node writes, i64 [n]; nullptr for other nodes, and where they are not known before the
 // graph runs: they must be an input in host memory.
 const ggml_tensor * row_numbers(const ggml_tensor * node) {

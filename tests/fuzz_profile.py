@@ -23,9 +23,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(
-    include=["pyfasa.profile", "pyfasa.gguf_header", "pyfasa.identity", "pyfasa.embed"]
+    include=[
+        "pyfasa.profile",
+        "pyfasa.profile_checks",
+        "pyfasa.gguf_header",
+        "pyfasa.identity",
+        "pyfasa.embed",
+    ]
 ):
-    from pyfasa import embed, identity
+    from pyfasa import embed, gguf_header, identity
     from pyfasa import profile as profiles
 
 from pyfasa.errors import ModelFileError, ProfileError
@@ -36,7 +42,7 @@ SECONDS_PER_INPUT = 5
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 FOLDER = Path(tempfile.mkdtemp(prefix="pyfasa-fuzz-", dir=MEMORY))
 TARGET = FOLDER / "model.gguf"
-DTYPES = list(identity.NUMBER_TYPES)
+DTYPES = list(gguf_header.NUMBER_TYPES)
 ODD_KEYS = ("general.alignment", "split.count", "llama.rope.dimension_sections", "x")
 ODD_NUMBERS = (0, 1, 2, 7, 255, 2**31 - 1, 2**32 - 1, 2**63 - 1, math.nan, math.inf, -1.0, 1e300)
 
@@ -45,12 +51,12 @@ ODD_NUMBERS = (0, 1, 2, 7, 255, 2**31 - 1, 2**32 - 1, 2**63 - 1, math.nan, math.
 class Base:
     """A good file in parts: its key-value pairs, and what follows them."""
 
-    pairs: dict[str, identity.Value]
+    pairs: dict[str, gguf_header.Value]
     n_tensors: int
     tensors: bytes
     data: bytes
 
-    def file(self, pairs: dict[str, identity.Value]) -> bytes:
+    def file(self, pairs: dict[str, gguf_header.Value]) -> bytes:
         head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(pairs))
         head += b"".join(profiles._pack(key, one) for key, one in pairs.items()) + self.tensors
         return head + bytes(-len(head) % 32) + self.data
@@ -75,7 +81,7 @@ def bases(files: Iterable[bytes]) -> list[Base]:
     found = []
     for content in files:
         TARGET.write_bytes(content)
-        head = identity.Header.read(TARGET)
+        head = gguf_header.Header.read(TARGET)
         tensors = content[head.kv_end : head.info_end]
         found.append(Base(head.values, len(head.tensors), tensors, content[head.data_start :]))
     return found
@@ -92,7 +98,7 @@ def number(data: atheris.FuzzedDataProvider, dtype: np.dtype[Any]) -> np.generic
     return found
 
 
-def value(data: atheris.FuzzedDataProvider) -> identity.Value:
+def value(data: atheris.FuzzedDataProvider) -> gguf_header.Value:
     """A value of any GGUF type."""
     if data.ConsumeIntInRange(0, 3) == 0:
         text: str = data.ConsumeUnicode(data.ConsumeIntInRange(0, 20))
@@ -132,7 +138,7 @@ def one_input(raw: bytes) -> None:
         content = edited(atheris.FuzzedDataProvider(content), BASES[kind % len(BASES)])
     TARGET.write_bytes(content)
     for read in (
-        identity.Header.read,
+        gguf_header.Header.read,
         identity.ModelIdentity.read,
         profiles.Profile.load,
         embed.find_profile,

@@ -13,11 +13,6 @@ namespace {
 
 constexpr int64_t kMaxNewCells = 4096; // of one SET_ROWS node in a decode graph
 
-bool is_view_op(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
-           t->op == GGML_OP_TRANSPOSE;
-}
-
 // Upstream's experiment with several streams reorders nodes around attention: not to be cut into segments.
 bool upstream_reorders() {
     const char * value = std::getenv("GGML_CUDA_GRAPH_OPT");

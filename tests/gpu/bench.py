@@ -41,20 +41,14 @@ def with_channels(profile: Profile, path: Path, n_token: int = 8192) -> Profile:
         verbose=False,
     )
     llm.eval(np.random.default_rng(1).integers(3, 250, n_token).tolist())
-    keys = [t.rows.view(np.float16) for t in read_state(llm).tensors[: profile.identity.n_layer]]
+    shape = (n_token, profile.identity.n_head_kv, profile.identity.head_dim)
+    layers = read_state(llm).tensors[: profile.identity.n_layer]  # K, then V
     llm.close()
-    shape = (profile.identity.n_head_kv, profile.identity.head_dim)
-    center, scale = tally.channels(
-        np.full(len(keys), float(n_token)),
-        np.array([k.mean(axis=0, dtype=np.float64).reshape(shape) * n_token for k in keys]),
-        np.array(
-            [
-                np.square(k, dtype=np.float32).mean(axis=0, dtype=np.float64).reshape(shape)
-                * n_token
-                for k in keys
-            ]
-        ),
-    )
+    total = np.empty((2, len(layers), *shape[1:]))
+    for layer, tensor in enumerate(layers):
+        keys = tensor.rows.view(np.float16).reshape(shape).astype(np.float64)
+        total[:, layer] = keys.sum(axis=0), np.square(keys).sum(axis=0)
+    center, scale = tally.channels(np.full(len(layers), float(n_token)), *total)
     return dataclasses.replace(profile, center=center, scale=scale)
 
 

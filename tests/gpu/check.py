@@ -41,21 +41,29 @@ def profile_of(path: Path) -> Profile:
     return random_profile(path, bits=(4,), n_fc=ModelIdentity.read(path).head_dim // 4)
 
 
+def opened(path: Path, **arguments: object) -> pyfasa.Llama:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pyfasa.Llama(str(path), verbose=False, **arguments)
+
+
+def last_logits(llm: pyfasa.Llama) -> np.ndarray:
+    """Those of the last row; llama.cpp's own memory, until it decodes again."""
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(llm.n_vocab(),))
+
+
 def logits(
     path: Path, tokens: list[int], n_decode: int, rows: int = 1, **arguments: object
 ) -> tuple[np.ndarray, pyfasa.Llama]:
     """Logits of the last `n_decode` tokens, decoded `rows` at a time; the model is left open."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        llm = pyfasa.Llama(str(path), n_ctx=len(tokens) + 64, verbose=False, **arguments)
+    llm = opened(path, n_ctx=len(tokens) + 64, **arguments)
     out = []
     prompt = len(tokens) - n_decode
     llm.eval(tokens[:prompt])
     llm.fasa.reset()
     for at in range(prompt, len(tokens), rows):
         llm.eval(tokens[at : at + rows])
-        pointer = llama_cpp.llama_get_logits(llm.ctx)
-        out.append(np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy())
+        out.append(last_logits(llm).copy())
     return np.array(out), llm
 
 
@@ -155,16 +163,7 @@ def retrieval(path: Path, n_token: int = 8000, n_question: int = 20) -> None:
         settings = demo.Settings(
             model=path, n_tokens=n_token, n_questions=n_question, budget=256, seed=3, n_threads=None
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            llm = pyfasa.Llama(
-                str(path),
-                n_ctx=n_token + demo.ROOM,
-                budget=256,
-                min_ctx=512,
-                verbose=False,
-                **arguments,
-            )
+        llm = opened(path, n_ctx=n_token + demo.ROOM, budget=256, min_ctx=512, **arguments)
         document = demo.hide(llm, settings)
         asked = list(demo.interview(llm, document, n_question, write=lambda text: None))
         found[device] = {name: demo.right(asked, name) for name in ("dense", "fasa")}
@@ -213,17 +212,20 @@ def free_memory() -> int:
 
 def endurance(path: Path, n_decode: int = 20_000, n_prompt: int = 2000) -> None:
     """Many tokens decoded, each the likeliest after the one before: no memory is lost, and the index stays K's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        llm = pyfasa.Llama(
-            str(path), n_ctx=n_prompt + n_decode + 64, n_gpu_layers=-1, profile=profile_of(path), budget=256,
-            min_ctx=512, type_k="q8_0", type_v="q8_0", verbose=False,
-        )  # fmt: skip
+    llm = opened(
+        path,
+        n_ctx=n_prompt + n_decode + 64,
+        n_gpu_layers=-1,
+        profile=profile_of(path),
+        budget=256,
+        min_ctx=512,
+        type_k="q8_0",
+        type_v="q8_0",
+    )
     llm.eval(np.random.default_rng(11).integers(3, 250, n_prompt).tolist())
-    start, early, late = time.perf_counter(), 0, 0
+    start, early = time.perf_counter(), 0
     for i in range(n_decode):
-        pointer = llama_cpp.llama_get_logits(llm.ctx)
-        row = np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),))
+        row = last_logits(llm)
         if not np.isfinite(row).all():
             expect(f"logits of token {i} are finite", False)
             break
