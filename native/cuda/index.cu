@@ -14,6 +14,8 @@ namespace {
 constexpr int kWarp  = 32;
 constexpr int kWarps = 4; // per thread block, one cell or query each
 
+constexpr float kMaxLevel = 1e28f; // of a query's codes
+
 // The nearest step of a byte, or the least that is not below (step_code and quantize_finely of layout.cpp).
 __device__ uint32_t step_code(float step, bool up) {
     const uint32_t bits = __float_as_uint(fminf(fmaxf(step, kStepMin), kStepMax)) - kStepOffset;
@@ -219,7 +221,7 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
     const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
                                                            head * node.q_head + stream * node.q_stream);
     const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
-    const float        filter = node.filters[query];
+    const Filter       filter = node.filters[query];
     undo_rotation(source, q, node.k.dim, node.index.rotation, lane);
 
     float    square = 0.0f;
@@ -246,15 +248,18 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
             total += code;
         }
         total = warp_sum(total);
-        if (lane == 0) {
-            level[2 * s]     = peak / top;
-            level[2 * s + 1] = peak / top * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
+        if (lane == 0) { // bounded, so that no score is infinite or NaN: it would be neither above nor below others
+            const float step = fminf(peak / top, kMaxLevel);
+            level[2 * s]     = step;
+            level[2 * s + 1] = step * total * 0.5f * static_cast<float>((1 << seg.bits) - 1);
         }
     }
     const float norm = sqrtf(warp_sum(square));
     if (lane == 0) {
-        node.scratch.norms[query]      = norm;
-        node.scratch.thresholds[query] = filter < kNoFilter && norm > 0.0f ? filter * norm : CUDART_INF_F;
+        const bool known          = filter.mark < kNoFilter && norm > 0.0f;
+        node.scratch.norms[query] = norm;
+        node.scratch.thresholds[query] =
+            known ? Filter{filter.mark * norm, filter.level * norm} : Filter{CUDART_INF_F, CUDART_INF_F};
     }
 }
 

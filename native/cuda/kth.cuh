@@ -98,10 +98,10 @@ __device__ inline void find_bin(Selection & sh, Block & block, int k) {
     __syncthreads();
 }
 
-// The k-th largest of the values of one bin, at most kList: each thread ranks one.
-template <typename Values> __device__ float rank_bin(Selection & sh, const Values & values, const Range & r, int k) {
-    const Binning bin(r);
-    const int     at = sh.bin, count = sh.count;
+// The k-th largest of the values of one bin, at most kList: each thread ranks one. r: what was counted.
+template <typename Values>
+__device__ float rank_bin(Selection & sh, const Values & values, const Binning & bin, const Range & r, int k) {
+    const int at = sh.bin, count = sh.count;
     values.each([&](float x, int) {
         if (x >= r.lo && x <= r.hi && bin(x) == at) {
             sh.list[atomicAdd(&sh.total, 1)] = x; // in the place of bins, which were read before the last barrier
@@ -123,6 +123,12 @@ template <typename Values> __device__ float rank_bin(Selection & sh, const Value
     return sh.result;
 }
 
+__device__ inline void clear_bins(Selection & sh) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) {
+        sh.bins[i] = 0;
+    }
+}
+
 // The k-th largest value, or -FLT_MAX when fewer than k are visible.
 template <typename Values> __device__ float kth_largest(Selection & sh, Block & block, const Values & values, int k) {
     // Forced cells are counted apart: they would stretch the range of all others.
@@ -142,9 +148,7 @@ template <typename Values> __device__ float kth_largest(Selection & sh, Block & 
     Range r = all.range;
     while (r.lo < r.hi) {
         const Binning bin(r);
-        for (int i = threadIdx.x; i < kBins; i += kThreads) {
-            sh.bins[i] = 0;
-        }
+        clear_bins(sh);
         __syncthreads();
         values.each([&](float x, int) {
             if (x >= r.lo && x <= r.hi) {
@@ -155,7 +159,7 @@ template <typename Values> __device__ float kth_largest(Selection & sh, Block & 
         find_bin(sh, block, k);
         k -= sh.above;
         if (sh.count <= kList) {
-            return rank_bin(sh, values, r, k);
+            return rank_bin(sh, values, bin, r, k);
         }
         // Many values in one bin: its own range is binned next. lo and hi fall into different bins, so this ends.
         const int at    = sh.bin;

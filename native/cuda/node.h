@@ -5,6 +5,12 @@
 
 #include "fasa.h"
 
+#ifdef __CUDACC__
+#define FASA_BOTH __host__ __device__
+#else
+#define FASA_BOTH
+#endif
+
 namespace fasa::gpu {
 
 constexpr int32_t kMaxSlots = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
@@ -36,6 +42,12 @@ struct Rows {
     int32_t         dim;
 };
 
+// What a layer's last selection of a query leaves for the next token's, in units of the query's norm: a score that
+// about twice the budget of cells reaches, and the one that the budget of them reached. kNoFilter: nothing is known.
+struct Filter {
+    float mark, level;
+};
+
 struct Index {
     uint8_t *          data;
     const HeadLayout * heads;             // [n_head_kv]
@@ -43,6 +55,7 @@ struct Index {
     int64_t            first_stream;      // of the cache, where the node's stream 0 lies
     int64_t            n_cell, n_stream;  // of the cache: cells of one stream, and streams
     int32_t            rotation;          // Hadamard block of q and k; 0: none
+    int32_t            bits;              // of the only segment of every head; 0: there are several
 };
 
 // Cells before first_end and from last_begin on are selected whatever they score.
@@ -55,7 +68,7 @@ struct Scratch {
     int8_t *   codes;      // [kMaxSlots, n_query]
     float *    levels;     // [2, kSegments, n_query]: step, bias
     float *    norms;      // [n_query]: of the query's kept dims, the unit of filters
-    float *    thresholds; // [n_query]: filter in this unit; +inf: none
+    Filter *   thresholds; // [n_query]: the filter times the norm; +inf: none
     float *    scores;     // [64 * n_block, n_query]
     float *    peaks;      // [8 * n_block, n_query]
     int32_t *  n_visible;  // [n_rows * n_stream]
@@ -85,18 +98,13 @@ struct Node {
     const int64_t * new_cells; // as SET_ROWS numbers them, through all streams
     int32_t         n_new;
 
-    int32_t budget, min_ctx, n_first, n_last; // first and last visible cells, in cell order
-    int32_t max_selected, n_split;
-    float * filters; // [n_query] of the layer: what scores of the next token have to reach to be marked, in norms
-    Scratch scratch;
+    int32_t  budget, min_ctx, n_first, n_last; // first and last visible cells, in cell order
+    int32_t  max_selected, n_split;
+    Filter * filters; // [n_query] of the layer
+    Scratch  scratch;
 };
 
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    inline int64_t n_blocks(int64_t n_kv) {
-    return (n_kv + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS;
-}
+FASA_BOTH inline int64_t n_blocks(int64_t n_kv) { return (n_kv + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS; }
 
 // Thread blocks that share a query's selection: 128 cells each, fewer when that would leave most of a device idle.
 inline int32_t n_splits(int32_t budget, int64_t n_query) {

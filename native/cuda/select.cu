@@ -43,40 +43,43 @@ __device__ void load_group(const float * scores, int group, float x[kPeak]) {
 // Cells that reach the floor, in cell order, into sh.values and sh.cells; their number, which is above kHeld when they
 // do not fit. Scores are read twice: the second time they are near.
 __device__ int gather(Selection & sh, Block & block, const float * scores, int n_group, float floor) {
-    constexpr int kMost = kHeld / kThreads;
+    constexpr int kMost = kHeld / kThreads,
+                  kNear = 3; // groups of a thread, and those whose scores are under way together
     const int     share = (n_group + kThreads - 1) / kThreads;
-    const int     first = static_cast<int>(threadIdx.x) * share;
+    const int     first = static_cast<int>(threadIdx.x) * share, n = max(0, min(share, n_group - first));
     int           groups[kMost];
-    int           own = 0;
 #pragma unroll
     for (int j = 0; j < kMost; ++j) {
-        groups[j] = j < share && first + j < n_group ? sh.groups[first + j] : -1;
-        if (groups[j] >= 0) {
-            float x[kPeak];
-            load_group(scores, groups[j], x);
-#pragma unroll
-            for (int i = 0; i < kPeak; ++i) {
-                own += x[i] >= floor ? 1 : 0;
-            }
-        }
+        groups[j] = j < n ? sh.groups[first + j] : 0;
     }
-    int total;
-    int at = block.exclusive_sum(own, &total); // its barrier: values may now take the place of groups
-    if (total <= kHeld) {
+    const auto each = [&](auto && f) { // f(score, cell) for cells that reach the floor
 #pragma unroll
-        for (int j = 0; j < kMost; ++j) {
-            if (groups[j] >= 0) {
-                float x[kPeak];
-                load_group(scores, groups[j], x);
+        for (int j0 = 0; j0 < kMost; j0 += kNear) {
+            if (j0 < share) { // no load has a condition of its own
+                float x[kNear][kPeak];
 #pragma unroll
-                for (int i = 0; i < kPeak; ++i) {
-                    if (x[i] >= floor) {
-                        sh.values[at]  = x[i];
-                        sh.cells[at++] = groups[j] * kPeak + i;
+                for (int j = 0; j < kNear; ++j) {
+                    load_group(scores, groups[j0 + j], x[j]);
+                }
+#pragma unroll
+                for (int i = 0; i < kNear * kPeak; ++i) {
+                    const int j = i / kPeak;
+                    if (j0 + j < n && x[j][i % kPeak] >= floor) {
+                        f(x[j][i % kPeak], groups[j0 + j] * kPeak + i % kPeak);
                     }
                 }
             }
         }
+    };
+    int own = 0;
+    each([&](float, int) { ++own; });
+    int total;
+    int at = block.exclusive_sum(own, &total); // its barrier: values may now take the place of groups
+    if (total <= kHeld) {
+        each([&](float x, int cell) {
+            sh.values[at]  = x;
+            sh.cells[at++] = cell;
+        });
     }
     __syncthreads();
     return total;
@@ -121,17 +124,23 @@ __device__ int write_from_memory(Selection & sh, Block & block, const float * va
                               [&](int i) { return cells != nullptr ? cells[first + i] : first + i; });
 }
 
-// Candidates in registers, when there are few per thread.
-template <int N>
-__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
+// A thread's candidates, when there are few per thread.
+template <int N> __device__ Registers<N> held_values(const Selection & sh, int n) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         own.x[i] = first + i < n ? sh.values[first + i] : -CUDART_INF_F;
     }
-    const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
-    *threshold    = t;
+    return own;
+}
+
+template <int N>
+__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
+    const auto  own   = held_values<N>(sh, n);
+    const int   first = static_cast<int>(threadIdx.x) * N;
+    const float t     = n > budget ? kth_largest(sh, block, own, budget) : floor;
+    *threshold        = t;
     return write_cells<true>(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
@@ -177,45 +186,76 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
 
 // ---- from marked cells ---------------------------------------------------------------------------------------------
 
-// Marked cells in order into sh.cells and their scores into sh.values; their number, which is above kHeld when they do
-// not fit.
-__device__ int gather_marked(Selection & sh, Block & block, const uint32_t * marks, const float * scores, int n_cell) {
-    const int words = n_cell / 32; // a multiple of two
-    const int share = ((words + kThreads - 1) / kThreads + 1) / 2 * 2, first = static_cast<int>(threadIdx.x) * share;
-    const int end  = min(first + share, words);
-    int       own  = 0;
-    uint2     held = {0, 0}; // the first words: all there are in a context of up to 65,536 cells
-    for (int i = first; i < end; i += 2) {
-        const uint2 w = *reinterpret_cast<const uint2 *>(marks + i);
-        held          = i == first ? w : held;
+// Marked cells in order into sh.cells; their number, which is above kHeld when they do not fit.
+__device__ int list_marked(Selection & sh, Block & block, const uint32_t * marks, int n_cell) {
+    constexpr int kPairs = 2;           // of words: all of a thread's in a context of up to 131,072 cells
+    const int     words  = n_cell / 32; // a multiple of two
+    const int     share  = ((words + kThreads - 1) / kThreads + 1) / 2 * 2;
+    const int     first = static_cast<int>(threadIdx.x) * share, end = min(first + share, words);
+    const auto    load = [&](int i) { return *reinterpret_cast<const uint2 *>(marks + (i < end ? i : 0)); };
+    uint2         held[kPairs]; // on their way together
+    int           own = 0;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+        held[j] = load(first + 2 * j);
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+        own += first + 2 * j < end ? __popc(held[j].x) + __popc(held[j].y) : 0;
+    }
+    for (int i = first + 2 * kPairs; i < end; i += 2) {
+        const uint2 w = load(i);
         own += __popc(w.x) + __popc(w.y);
     }
-    int total;
-    int at = block.exclusive_sum(own, &total);
+    int        total;
+    int        at   = block.exclusive_sum(own, &total);
+    const auto list = [&](const uint2 & w, int i) {
+        for (uint64_t bits = static_cast<uint64_t>(w.y) << 32 | w.x; bits != 0; bits &= bits - 1) {
+            sh.cells[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
+        }
+    };
     if (total <= kHeld) {
-        for (int i = first; i < end; i += 2) {
-            const uint2 w = i == first ? held : *reinterpret_cast<const uint2 *>(marks + i);
-            for (uint64_t bits = static_cast<uint64_t>(w.y) << 32 | w.x; bits != 0; bits &= bits - 1) {
-                sh.cells[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+            if (first + 2 * j < end) {
+                list(held[j], first + 2 * j);
             }
         }
-        __syncthreads();
-        float own[kHeld / kThreads]; // all on their way at once
-#pragma unroll
-        for (int j = 0; j < kHeld / kThreads; ++j) {
-            const int i = j * kThreads + static_cast<int>(threadIdx.x);
-            own[j]      = i < total ? scores[sh.cells[i]] : 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < kHeld / kThreads; ++j) {
-            const int i = j * kThreads + static_cast<int>(threadIdx.x);
-            if (i < total) {
-                sh.values[i] = own[j];
-            }
+        for (int i = first + 2 * kPairs; i < end; i += 2) {
+            list(load(i), i);
         }
     }
     __syncthreads();
     return total;
+}
+
+// The best of n listed cells, N of each thread. Bins are counted over a range of which their threshold should be a
+// quarter of the way up, so that no reduction has to find one.
+template <int N>
+__device__ int select_listed(Selection & sh, Block & block, const float * scores, int n, const Filter & passed,
+                             int budget, int32_t * out, float * threshold) {
+    const Range   r = {passed.mark, passed.mark + 4.0f * (passed.level - passed.mark)};
+    const Binning bin(r);
+    const int     first = static_cast<int>(threadIdx.x) * N;
+    Registers<N>  own;
+#pragma unroll
+    for (int i = 0; i < N; ++i) { // all on their way together
+        own.x[i] = scores[sh.cells[min(first + i, n - 1)]];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        own.x[i] = first + i < n ? own.x[i] : -CUDART_INF_F;
+        if (first + i < n) {
+            atomicAdd(sh.bins + bin(own.x[i]), 1);
+        }
+    }
+    __syncthreads();
+    find_bin(sh, block, budget);
+    // The last bin has all that lies above.
+    const bool found = r.hi > r.lo && sh.bin < kBins - 1 && sh.count <= kList;
+    __syncthreads();
+    *threshold = found ? rank_bin(sh, own, bin, r, budget - sh.above) : kth_largest(sh, block, own, budget);
+    return write_cells<true>(sh, block, own, *threshold, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
 // What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls
@@ -236,19 +276,24 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     Block         block(sh.exchange);
     const int     n_visible = node.scratch.n_visible[query / node.n_head];
     const float   norm      = node.scratch.norms[query];
-    const float   passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
+    const Filter  passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
     int           n         = -1;
-    float         filter    = kNoFilter;
+    Filter        filter    = {kNoFilter, kNoFilter};
+    clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
-    } else if (passed < kNoFilter) {
-        const uint32_t * marks    = node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32);
-        const int        n_marked = gather_marked(sh, block, marks, scores, n_cell);
+    } else if (passed.mark < kNoFilter) {
+        const int n_marked =
+            list_marked(sh, block, node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell);
         if (n_marked >= node.budget && n_marked <= kHeld) {
             float t;
-            n      = finish(sh, block, n_marked, node.budget, passed, out, &t);
-            filter = t < kForced ? next_filter(passed, t, n_marked, node.budget, norm) / norm : kNoFilter;
+            n = n_marked <= 3 * kThreads
+                    ? select_listed<3>(sh, block, scores, n_marked, passed, node.budget, out, &t)
+                    : select_listed<kHeld / kThreads>(sh, block, scores, n_marked, passed, node.budget, out, &t);
+            if (t < kForced) {
+                filter = {next_filter(passed.mark, t, n_marked, node.budget, norm) / norm, t / norm};
+            }
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
@@ -267,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
         if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
             const float next    = counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, norm) : sh.floor;
-            filter              = next / norm;
+            filter              = {next / norm, sh.least / norm};
         }
     }
     if (threadIdx.x == 0) {

@@ -118,7 +118,8 @@ class Decoder {
     Memory<int64_t>  new_cells_, totals_;
     Memory<uint32_t> marks_;
     Memory<int8_t>   codes_;
-    Memory<float>    levels_, norms_, thresholds_, scores_, peaks_, parts_;
+    Memory<float>    levels_, norms_, scores_, peaks_, parts_;
+    Memory<Filter>   thresholds_;
     Memory<Window>   windows_;
     Memory<int32_t>  n_visible_, selected_, n_selected_, arrived_;
 };

@@ -29,6 +29,14 @@ std::vector<HeadLayout> head_layouts(const std::vector<Layout> & layouts, int32_
     return heads;
 }
 
+int32_t common_bits(const std::vector<HeadLayout> & heads) {
+    const int32_t bits = heads[0].segments[0].bits;
+    const bool    same = std::all_of(heads.begin(), heads.end(), [bits](const HeadLayout & h) {
+        return h.n_segment == 1 && h.segments[0].bits == bits;
+    });
+    return same ? bits : 0;
+}
+
 bool has_kernels(const std::vector<Layout> & layouts, int32_t n_head_kv) {
     for (int32_t h = 0; h < n_head_kv; ++h) {
         const Layout & l = layouts[h];
@@ -53,12 +61,13 @@ DeviceIndex::DeviceIndex(const std::shared_ptr<Stream> & stream, const Plan & pl
         block_bytes_ += h.block_bytes;
         max_block_bytes_ = std::max(max_block_bytes_, h.block_bytes);
     }
+    bits_  = common_bits(heads);
     heads_ = Memory<HeadLayout>(stream, n_head_kv_);
     data_  = Memory<uint8_t>(stream, root_.n_stream * blocks_per_stream_ * block_bytes_);
-    const std::vector<float> none(plan.n_head * FASA_MAX_ROWS * root_.n_stream, kNoFilter);
-    filters_ = Memory<float>(stream, static_cast<int64_t>(none.size()));
+    const std::vector<Filter> none(plan.n_head * FASA_MAX_ROWS * root_.n_stream, Filter{kNoFilter, kNoFilter});
+    filters_ = Memory<Filter>(stream, static_cast<int64_t>(none.size()));
     check(stream->api(),
-          stream->api()->upload(stream->device(), filters_.get(), none.data(), none.size() * sizeof(float)),
+          stream->api()->upload(stream->device(), filters_.get(), none.data(), none.size() * sizeof(Filter)),
           "prepare an index");
     check(stream->api(),
           stream->api()->upload(stream->device(), heads_.get(), heads.data(), heads.size() * sizeof(HeadLayout)),
@@ -83,7 +92,8 @@ bool DeviceIndex::mark_bytes(const void * first, size_t size) {
 }
 
 Index DeviceIndex::view(const Plan & plan) const {
-    return {data_.get(), heads_.get(), blocks_per_stream_, plan.first_stream, root_.n_cell, root_.n_stream, rotation_};
+    return {data_.get(),  heads_.get(),   blocks_per_stream_, plan.first_stream,
+            root_.n_cell, root_.n_stream, rotation_,          bits_};
 }
 
 } // namespace fasa::gpu

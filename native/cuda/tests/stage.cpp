@@ -99,7 +99,7 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     levels.poison(n_query() * 2 * fasa::gpu::kSegments);
     norms.poison(n_query());
     thresholds.poison(n_query());
-    filters.host.assign(n_query(), fasa::gpu::kNoFilter);
+    filters.host.assign(n_query(), {fasa::gpu::kNoFilter, fasa::gpu::kNoFilter});
     filters.to_device();
     marks.poison(n_query() * cells_of_query / 32);
     scores.poison(n_query() * cells_of_query);
@@ -148,8 +148,14 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     node.n_head_kv    = s.n_head_kv;
     node.scale        = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     node.softcap      = s.softcap;
-    node.index        = {index.device.get(), heads.device.get(), blocks_per_stream, first_stream, n_cell,
-                         cache_streams,      s.rotation};
+    node.index        = {index.device.get(),
+                         heads.device.get(),
+                         blocks_per_stream,
+                         first_stream,
+                         n_cell,
+                         cache_streams,
+                         s.rotation,
+                         fasa::gpu::common_bits(heads.host)};
     node.new_cells    = new_cells.device.get();
     node.n_new        = static_cast<int32_t>(new_cells.host.size());
     node.budget       = s.budget;

@@ -70,7 +70,8 @@ struct Stage {
 
     Copied<uint8_t>           k, v, index;
     Copied<HeadLayout>        heads;
-    Copied<float>             q, out, sinks, levels, norms, thresholds, filters, scores, peaks, parts;
+    Copied<float>             q, out, sinks, levels, norms, scores, peaks, parts;
+    Copied<fasa::gpu::Filter> thresholds, filters;
     Copied<uint32_t>          marks;
     Copied<uint16_t>          mask;
     Copied<int64_t>           new_cells, totals;

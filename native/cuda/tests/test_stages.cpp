@@ -336,21 +336,21 @@ TEST(select_is_exact_on_ugly_scores) {
         s.norms.host.assign(8, 1.0f);
         s.norms.to_device();
         const float infinity = std::numeric_limits<float>::infinity();
-        s.thresholds.host.assign(8, infinity); // nothing is marked
+        s.thresholds.host.assign(8, {infinity, infinity}); // nothing is marked
         s.thresholds.to_device();
         const Case c("budget " + std::to_string(budget));
         CHECK_EQUAL(cuda_api()->select(cuda_stream()->device(), &s.node), 0);
         check_selection(s, scores);
         const auto all = s.cells.host;
 
-        // The same from marks of all cells that reach some threshold.
+        // The same from marks of all cells that reach some threshold; what is said of the level is a guess.
         const Case from("from marks");
         for (int64_t query = 0; query < 8; ++query) {
             const float *      x = scores.data() + query * n;
             std::vector<float> sorted(x, x + 40000);
             std::sort(sorted.begin(), sorted.end(), std::greater<float>());
             const size_t at          = std::min<size_t>(sorted.size() - 1, budget - 1 + rng() % (budget + 1));
-            s.thresholds.host[query] = sorted[at];
+            s.thresholds.host[query] = {sorted[at], sorted[rng() % 2 == 0 ? at * 3 / 4 : rng() % (at + 1)]};
             for (int64_t word = 0; word < n / 32; ++word) {
                 uint32_t bits = 0;
                 for (int i = 0; i < 32; ++i) {
