@@ -63,7 +63,9 @@ def budgets(n: int) -> list[int]:
 
 @every_isa
 @pytest.mark.parametrize("n_block", [1, 2, 17, 40, 600])
-@pytest.mark.parametrize("kind", ["gaussian", "ties", "hidden", "few", "clustered", "wide"])
+@pytest.mark.parametrize(
+    "kind", ["gaussian", "ties", "hidden", "few", "clustered", "wide", "zeros", "misleading"]
+)
 def test_best_cells(isa: int, n_block: int, kind: str) -> None:
     rng = fresh_rng()
     n = 64 * n_block
@@ -78,6 +80,11 @@ def test_best_cells(isa: int, n_block: int, kind: str) -> None:
         scores[: n // n_block] += 100
     elif kind == "wide":
         scores *= np.float32(10.0) ** rng.integers(-38, 38, n).astype(np.float32)
+    elif kind == "zeros":  # -0 and 0 are equal, what is beside them is not
+        scores = rng.choice(np.array([0.0, -0.0, 1e-45, -1e-45, 3e-45], np.float32), n)
+    elif kind == "misleading":  # the best cells are those that select samples
+        i = np.arange(256)
+        scores[(256 * i + 101 * i % 256) * n // 65536] += 100
     for budget in budgets(n):
         cells = check(isa, scores, budget)
         expected = reference.select(scores.astype(np.float64), budget)

@@ -122,20 +122,28 @@ struct V : Codes256 {
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, q)); }
     static F   total(Acc a) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
 
-    // Appends the cells of a block that reach t. The lanes of a vector that do are moved to its front by a
-    // permutation from a table: a branch per cell would be mispredicted.
+    static bool reached(const float * peaks, float t) { return at_least(load(peaks), set(t)) != 0; }
+
+    // The permutation that moves lanes whose bits are set to the front: a branch per cell would be mispredicted.
+    static __m256i front(uint32_t bits) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kFront.lane[bits])));
+    }
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         for (int32_t i = 0; i < FASA_BLOCK_CELLS; i += W) {
             const F        v    = load(x + i);
             const uint32_t bits = at_least(v, set(t));
-            const __m256i  lane =
-                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kFront.lane[bits])));
+            const __m256i  lane = front(bits);
             store(values + kept, _mm256_permutevar8x32_ps(v, lane));
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(cells + kept),
                                 _mm256_add_epi32(lane, _mm256_set1_epi32(first + i)));
             kept += __builtin_popcount(bits);
         }
         return kept;
+    }
+    static int64_t pack(const int32_t * from, uint32_t bits, int64_t kept, int32_t * cells) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(cells + kept), _mm256_permutevar8x32_epi32(v, front(bits)));
+        return kept + __builtin_popcount(bits);
     }
 };
 

@@ -90,6 +90,11 @@ struct V : Codes256 {
     static Acc mac(Acc acc, Bytes u, Bytes q) { return _mm512_dpbusd_epi32(acc, u, q); }
     static F   total(Acc a) { return _mm512_cvtepi32_ps(a); }
 
+    // Whether one of a block's peaks reaches t.
+    static bool reached(const float * peaks, float t) {
+        return _mm256_cmp_ps_mask(_mm256_loadu_ps(peaks), _mm256_set1_ps(t), _CMP_GE_OQ) != 0;
+    }
+    // Appends the cells of a block that reach t, and their scores.
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int32_t i = 0; i < FASA_BLOCK_CELLS; i += W) {
@@ -102,6 +107,12 @@ struct V : Codes256 {
             kept += __builtin_popcount(mask);
         }
         return kept;
+    }
+    // Appends those of W cells whose bits are set; `cells` may be `from` or before it.
+    static int64_t pack(const int32_t * from, uint32_t bits, int64_t kept, int32_t * cells) {
+        const __m512i v = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(from));
+        _mm512_storeu_si512(cells + kept, v);
+        return kept + __builtin_popcount(bits);
     }
 };
 

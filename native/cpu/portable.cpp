@@ -158,11 +158,19 @@ struct V {
         return __builtin_convertvector((pairs << 16 >> 16) + (pairs >> 16), F);
     }
 
+    static bool    reached(const float * peaks, float t) { return at_least(load(peaks), set(t)) != 0; }
     static int64_t collect(const float * x, int32_t first, float t, int64_t kept, float * values, int32_t * cells) {
         for (int32_t i = 0; i < FASA_BLOCK_CELLS; ++i) { // no branch: what is not kept is overwritten
             values[kept] = x[i];
             cells[kept]  = first + i;
             kept += x[i] >= t ? 1 : 0;
+        }
+        return kept;
+    }
+    static int64_t pack(const int32_t * from, uint32_t bits, int64_t kept, int32_t * cells) {
+        for (int i = 0; i < W; ++i) {
+            cells[kept] = from[i];
+            kept += bits >> i & 1u;
         }
         return kept;
     }
