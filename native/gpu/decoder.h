@@ -1,5 +1,5 @@
 // One decorated CUDA backend: attention nodes of decode graphs go to our kernels on our stream, all else to the inner
-// backend. No step waits for the device.
+// backend. No step waits for the device, but for masks as long as nobody knows which layers have windows.
 //
 // A graph runs in one of three ways: untouched; in segments, cut at the attention nodes, with events between the two
 // streams; or as one captured CUDA graph of all of that. A graph seen for the second time is captured, and launched
