@@ -23,11 +23,6 @@ float f32_param(const ggml_tensor * node, int i) {
     return x;
 }
 
-bool on_host(const ggml_tensor * t) {
-    const ggml_backend_buffer_t buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
-    return t->data != nullptr && (buffer == nullptr || ggml_backend_buffer_is_host(buffer));
-}
-
 // llama.cpp multiplies q and k by a Hadamard matrix when K is quantized; the block is that matrix's side. It is found
 // by following q to the multiplication. Where another backend computed q the trail ends, and llama.cpp's own rule
 // (llama-kv-cache.cpp, attn_rot_k) decides.
@@ -98,9 +93,16 @@ bool mask_fits(const ggml_tensor * node) {
 
 } // namespace
 
-bool mask_is_readable(const ggml_tensor * node) {
-    return mask_fits(node) && node->src[3]->op == GGML_OP_NONE && on_host(node->src[3]);
+bool mask_is_input(const ggml_tensor * node) {
+    return mask_fits(node) && node->src[3]->op == GGML_OP_NONE && node->src[3]->data != nullptr;
 }
+
+bool on_host(const ggml_tensor * t) {
+    const ggml_backend_buffer_t buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
+    return t->data != nullptr && (buffer == nullptr || ggml_backend_buffer_is_host(buffer));
+}
+
+bool selects_by_itself(const ggml_tensor * node) { return node->op_params[4] != 0; }
 
 Visible & MaskCache::read(const ggml_tensor * mask, int64_t stream, int64_t row) {
     const char * at    = static_cast<const char *>(mask->data) + stream * mask->nb[3] + row * mask->nb[1];
@@ -189,7 +191,7 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (f32_param(node, 1) != 0.0f) {
         return FASA_REASON_ALIBI;
     }
-    if (node->op_params[4] != 0) {
+    if (selects_by_itself(node)) {
         return FASA_REASON_N_KV_MAX;
     }
     if (!has_kernel(k, context.device) || !has_kernel(v, context.device) || q->type != GGML_TYPE_F32 ||
@@ -208,7 +210,7 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
     if (!heads) {
         return FASA_REASON_SHAPE;
     }
-    if (context.device ? !mask_fits(node) : !mask_is_readable(node)) {
+    if (context.device ? !mask_fits(node) : !mask_is_input(node) || !on_host(node->src[3])) {
         return FASA_REASON_MASK;
     }
     if (sliding) {

@@ -76,7 +76,13 @@ fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sli
 // The cache tensor "cache_k_l<layer>" behind a view, or nullptr; sets *layer.
 ggml_tensor * cache_root(const ggml_tensor * view, int32_t * layer);
 
-// Whether the mask of a node is an input in host memory: set before the graph runs, the same for all heads.
-bool mask_is_readable(const ggml_tensor * node);
+// Whether the mask of a node is an input: set before the graph runs, the same for all heads.
+bool mask_is_input(const ggml_tensor * node);
+
+// Whether the host can read what a tensor holds.
+bool on_host(const ggml_tensor * t);
+
+// Whether the model was trained sparse: the mask shows what it has selected.
+bool selects_by_itself(const ggml_tensor * node);
 
 } // namespace fasa

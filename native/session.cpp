@@ -149,12 +149,17 @@ ggml_status Session::compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph,
     if (decoder == nullptr) {
         decoder = std::make_unique<gpu::Decoder>(gpu::api(), backend);
     }
-    running_ = true;
-    const ggml_status status =
-        decoder->compute(graph, inner, {this, profile_.get(), layouts_, config_, generation_, &counters_});
+    running_                 = true;
+    const ggml_status status = decoder->compute(
+        graph, inner, {this, profile_.get(), layouts_, config_, generation_, &counters_, several_masks()});
     running_ = false;
     ++counters_.graphs;
     return status;
+}
+
+bool Session::several_masks() const {
+    return windows_.several_masks() ||
+           std::any_of(gpus_.begin(), gpus_.end(), [](const auto & gpu) { return gpu.second->several_masks(); });
 }
 
 void Session::reserve_scratch() {

@@ -70,6 +70,7 @@ class Session {
     };
 
     ggml_status  compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner);
+    bool         several_masks() const; // seen by any device
     void         scan(ggml_cgraph * graph);
     void         compare_model(ggml_cgraph * graph);
     fasa_reason  prepare(ggml_tensor * node);

@@ -26,6 +26,9 @@ const ggml_tensor * row_numbers(const ggml_tensor * node) {
 // Everything that must be known before the graph runs: which nodes are replaced and which cells of K are rewritten.
 void Session::scan(ggml_cgraph * graph) {
     masks_.clear();
+    if (several_masks()) {
+        windows_.suspect();
+    }
     windows_.learn(graph);
     compare_model(graph);
     const int             n_nodes = ggml_graph_n_nodes(graph);

@@ -358,9 +358,9 @@ bool Decoder::bytes_written(const void * first, size_t size) {
 
 void Decoder::buffer_freed(ggml_backend_buffer_t buffer) {
     for (auto it = indexes_.begin(); it != indexes_.end();) {
-        const bool gone = it->second != nullptr && it->second->is_in(buffer);
-        it              = gone ? indexes_.erase(it) : std::next(it);
+        it = it->second == nullptr || it->second->is_in(buffer) ? indexes_.erase(it) : std::next(it);
     }
+    sliding_ = indexes_.empty() ? SlidingWindows() : sliding_; // an rpc-server may get another model now
     forget();
     ++epoch_;
 }

@@ -1,5 +1,5 @@
 // One decorated CUDA backend: attention nodes of decode graphs go to our kernels on our stream, all else to the inner
-// backend. No step waits for the device.
+// backend. No step waits for the device, but for masks as long as nobody knows which layers have windows.
 //
 // A graph runs in one of three ways: untouched; in segments, cut at the attention nodes, with events between the two
 // streams; or as one captured CUDA graph of all of that. A graph seen for the second time is captured, and launched
@@ -15,6 +15,7 @@
 
 #include "../profile.h"
 #include "../seam.h"
+#include "../sliding_window.h"
 #include "index.h"
 
 namespace fasa {
@@ -33,6 +34,7 @@ struct Settings {
     fasa_config                             config;
     int64_t                                 generation; // changes with any of them
     fasa_counters *                         counters;
+    bool several_masks; // another device of the session has seen several: the model has sliding windows
 };
 
 class Decoder {
@@ -50,6 +52,8 @@ class Decoder {
 
     void add_to(fasa_counters * counters) const; // waits for the device
     void reset();
+
+    bool several_masks() const { return sliding_.several_masks(); }
 
   private:
     struct Work {               // an attention node that is replaced
@@ -76,6 +80,8 @@ class Decoder {
         fasa_counters                           counts = {}; // of one run
     };
 
+    void        learn(ggml_cgraph * graph, const Settings & settings);
+    bool        read(const ggml_tensor * mask, size_t offset, size_t bytes, void * out); // waits for the device
     void        scan(ggml_cgraph * graph, const Settings & settings, Graph * out);
     fasa_reason prepare(ggml_cgraph * graph, int at, const Settings & settings, Graph * out);
     fasa_reason prepare_index(const Plan & plan, const Settings & settings, const Graph & graph);
@@ -111,8 +117,8 @@ class Decoder {
     std::map<int32_t, int64_t>                          kv_bytes_;
     std::map<int32_t, std::pair<const void *, int64_t>> too_large_;      // K and generation whose index found no memory
     std::map<int32_t, int32_t>                          cells_of_layer_; // of the graph being scanned; -1: unknown
-    bool                                                several_masks_ = false;
-    int64_t epoch_     = 0; // changes when memory that a capture holds has moved
+    SlidingWindows                                      sliding_;
+    int64_t epoch_     = 0; // changes when memory that a capture holds has moved, or other nodes are to be replaced
     int64_t row_bytes_ = 0; // of K and V
 
     Memory<int64_t>  new_cells_, totals_;

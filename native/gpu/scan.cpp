@@ -34,16 +34,9 @@ int end_of(ggml_cgraph * graph, const ggml_tensor * input, int at) {
 } // namespace
 
 void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
-    const int           n_nodes = ggml_graph_n_nodes(graph);
-    const ggml_tensor * mask    = nullptr;
+    const int n_nodes = ggml_graph_n_nodes(graph);
     cells_of_layer_.clear();
-    for (int i = 0; i < n_nodes; ++i) {
-        const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-            several_masks_ = several_masks_ || (mask != nullptr && node->src[3] != mask);
-            mask           = node->src[3];
-        }
-    }
+    learn(graph, s);
     for (int i = 0; i < n_nodes; ++i) {
         ggml_tensor * node = ggml_graph_node(graph, i);
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
@@ -57,6 +50,37 @@ void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
     }
 }
 
+// Masks are inputs that llama.cpp has copied to the device before the graph runs. Nothing is read once all layers of
+// the graph are known, which they are after most prompts.
+void Decoder::learn(ggml_cgraph * graph, const Settings & s) {
+    const bool suspected = s.several_masks && sliding_.suspect();
+    const auto reader    = [this](const ggml_tensor * mask, size_t offset, size_t bytes, void * out) {
+        return read(mask, offset, bytes, out);
+    };
+    const bool learned = sliding_.learn(graph, reader, s.config.max_rows);
+    epoch_ += suspected || learned ? 1 : 0;
+    for (int i = 0; sliding_.several_masks() && i < ggml_graph_n_nodes(graph); ++i) { // it holds for these caches
+        const ggml_tensor * node  = ggml_graph_node(graph, i);
+        int32_t             layer = 0;
+        const ggml_tensor * root  = node->op == GGML_OP_FLASH_ATTN_EXT ? cache_root(node->src[1], &layer) : nullptr;
+        if (root != nullptr && root->buffer != nullptr) {
+            watch_buffer(root->buffer, s.session);
+        }
+    }
+}
+
+bool Decoder::read(const ggml_tensor * mask, size_t offset, size_t bytes, void * out) {
+    if (SlidingWindows::read_host(mask, offset, bytes, out)) {
+        return true;
+    }
+    try {
+        open(mask->data);
+    } catch (const std::exception &) { // prepare_index() meets it again
+        return false;
+    }
+    return fork() && api_->download(stream_->device(), out, static_cast<const char *>(mask->data) + offset, bytes) == 0;
+}
+
 // A node that writes into a K cache. Rows named by an index tensor reach the index with the attention node that follows
 // in the same graph; every other write makes the whole layer stale.
 void Decoder::note_write(const ggml_tensor * node, Graph * out) {
@@ -65,6 +89,10 @@ void Decoder::note_write(const ggml_tensor * node, Graph * out) {
         return;
     }
     out->written.push_back(layer);
+    if (sliding_.contains(layer)) { // its node stays llama.cpp's
+        mark_stale(layer);
+        return;
+    }
     const ggml_tensor * rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
     const bool known = rows != nullptr && node->view_offs == 0 && rows->type == GGML_TYPE_I64 &&
                        rows->op == GGML_OP_NONE && ggml_is_contiguous(rows) && ggml_nelements(rows) <= kMaxNewCells &&
@@ -86,11 +114,13 @@ void Decoder::note_write(const ggml_tensor * node, Graph * out) {
 }
 
 fasa_reason Decoder::prepare(ggml_cgraph * graph, int at, const Settings & s, Graph * out) {
-    ggml_tensor *     node = ggml_graph_node(graph, at);
-    Work              w    = {};
+    ggml_tensor * node     = ggml_graph_node(graph, at);
+    Work          w        = {};
+    int32_t       of_layer = 0;
+    cache_root(before_cast(node->src[1]), &of_layer);
     const PlanContext context{s.profile, s.layouts.get(), &s.config, nullptr, nullptr, true};
     const fasa_reason reason =
-        upstream_reorders() ? FASA_REASON_DISABLED : plan(node, context, several_masks_, &w.plan);
+        upstream_reorders() ? FASA_REASON_DISABLED : plan(node, context, sliding_.contains(of_layer), &w.plan);
     const fasa_reason indexed = reason == FASA_REASON_SPARSE ? prepare_index(w.plan, s, *out) : reason;
     if (indexed != FASA_REASON_SPARSE) {
         return indexed;

@@ -208,7 +208,7 @@ struct Windowed {
     Context       ctx;
     ggml_cgraph * graph;
 
-    explicit Windowed(const std::vector<int64_t> & sees) {
+    explicit Windowed(const std::vector<int64_t> & sees, int64_t n_kv = 256) {
         ctx.reset(ggml_init({16 << 20, nullptr, false}));
         ggml_context * c = ctx.get();
         graph            = ggml_new_graph(c);
@@ -216,15 +216,16 @@ struct Windowed {
         for (size_t layer = 0; layer < sees.size(); ++layer) {
             ggml_tensor * cache[2];
             for (ggml_tensor *& t : cache) {
-                ggml_tensor * root = ggml_new_tensor_2d(c, GGML_TYPE_F16, 128, 256);
+                ggml_tensor * root = ggml_new_tensor_2d(c, GGML_TYPE_F16, 128, n_kv);
                 ggml_format_name(root, "cache_k_l%d", static_cast<int>(layer));
-                t = ggml_permute(c, ggml_view_4d(c, root, 64, 2, 256, 1, 128, root->nb[1], root->nb[2], 0), 0, 2, 1, 3);
+                t = ggml_permute(c, ggml_view_4d(c, root, 64, 2, n_kv, 1, 128, root->nb[1], root->nb[2], 0), 0, 2, 1,
+                                 3);
             }
             const size_t  known = std::find(sees.begin(), sees.begin() + layer, sees[layer]) - sees.begin();
-            ggml_tensor * mask  = known < layer ? masks[known] : ggml_new_tensor_4d(c, GGML_TYPE_F16, 256, 1, 1, 1);
+            ggml_tensor * mask  = known < layer ? masks[known] : ggml_new_tensor_4d(c, GGML_TYPE_F16, n_kv, 1, 1, 1);
             masks.push_back(mask);
             auto * p = static_cast<uint16_t *>(mask->data);
-            std::fill(p, p + 256, fasa::kHalfMinusInf);
+            std::fill(p, p + n_kv, fasa::kHalfMinusInf);
             std::fill(p + 200 - std::abs(sees[layer]), p + 200, 0);
             ggml_build_forward_expand(graph, ggml_flash_attn_ext(c, ggml_new_tensor_4d(c, GGML_TYPE_F32, 64, 1, 2, 1),
                                                                  cache[0], cache[1], mask, 1.0f, 0.0f, 0.0f));
@@ -247,6 +248,67 @@ TEST(a_layer_that_sees_less_than_another_slides) {
     CHECK(windows.contains(3));                   // a layer that no graph has shown
     windows.learn(Windowed({50, -50, 50}).graph); // a new short context: what was learned stays
     CHECK(!windows.contains(0) && windows.contains(1));
+}
+
+// As on a GPU: masks that the host cannot see come by way of a reader, which waits for the device each time.
+TEST(masks_elsewhere_are_read_while_they_may_tell) {
+    fasa::SlidingWindows windows;
+    int                  n_reads = 0;
+    bool                 fails   = false;
+    const auto           read    = [&](const ggml_tensor * mask, size_t offset, size_t bytes, void * out) {
+        ++n_reads;
+        std::memcpy(out, static_cast<const char *>(mask->data) + offset, bytes);
+        return !fails;
+    };
+    const auto learn = [&](const Windowed & graph, int64_t max_rows) {
+        n_reads = 0;
+        return windows.learn(graph.graph, read, max_rows);
+    };
+    CHECK(!learn(Windowed({100, 100, 100}), 8)); // one mask: nothing to tell apart
+    CHECK_EQUAL(n_reads, 0);
+    CHECK(learn(Windowed({100, -100, 100}), 8)); // news: there are two
+    CHECK_EQUAL(n_reads, 2);
+    CHECK(!learn(Windowed({150, 100, 150}), 8)); // as long as those before
+    CHECK_EQUAL(n_reads, 0);
+    CHECK(windows.contains(0) && windows.contains(1));
+    fails = true;
+    CHECK(!learn(Windowed({150, 100, 150}, 512), 8));
+    CHECK_EQUAL(n_reads, 2);
+    CHECK(windows.contains(0) && windows.contains(1));
+    fails = false;
+    CHECK(!learn(Windowed({150, 100, 150}, 512), 8));
+    CHECK_EQUAL(n_reads, 0);
+    CHECK(learn(Windowed({150, 100, 150}, 512), 0)); // a prompt: it has more rows than max_rows
+    CHECK_EQUAL(n_reads, 2);
+    CHECK(!windows.contains(0) && windows.contains(1) && !windows.contains(2));
+    CHECK(!learn(Windowed({150, 100, 150}, 768), 0)); // all is known
+    CHECK_EQUAL(n_reads, 0);
+    CHECK(learn(Windowed({150, 100, 150, 100}, 1024), 8)); // a layer more
+    CHECK(!windows.contains(2) && windows.contains(3));
+}
+
+TEST(a_mask_made_in_the_graph_is_not_read) {
+    Windowed graph({150, 100});
+    for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
+        ggml_tensor * node = ggml_graph_node(graph.graph, i);
+        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+            node->src[3]->op = GGML_OP_CPY; // a cast of an input, as some versions of llama.cpp have it
+        }
+    }
+    fasa::SlidingWindows windows;
+    windows.learn(graph.graph, [](const ggml_tensor *, size_t, size_t, void *) -> bool {
+        throw std::logic_error("read before it is there");
+    });
+    CHECK(windows.contains(0) && windows.contains(1));
+}
+
+TEST(a_device_with_one_mask_learns_of_windows_from_another) {
+    fasa::SlidingWindows windows;
+    windows.learn(Windowed({100, 100}).graph);
+    CHECK(!windows.several_masks() && !windows.contains(0));
+    CHECK(windows.suspect() && !windows.suspect());
+    windows.learn(Windowed({150, 150}).graph);
+    CHECK(windows.several_masks() && windows.contains(0) && windows.contains(1)); // which it has, nobody knows
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------

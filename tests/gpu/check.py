@@ -8,6 +8,7 @@ Exits with 1 at the first thing that is not as it should be. MODEL needs a profi
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -206,6 +207,117 @@ def split(path: Path, tokens: list[int], n_decode: int = 16) -> None:
         llm.close()
 
 
+# Models of tests/zoo.py with sliding windows: llama.cpp has a soft-cap on CUDA for heads of 128 and 256 only.
+SLIDING = {"gemma2": {"k_dim": 128}, "gemma3": {}, "gpt-oss": {}}
+
+
+def windows(tokens: list[int], n_decode: int = 24) -> None:
+    """Layers with a window stay dense and the others do not, as on the CPU; with a small and a full cache for them."""
+    import zoo
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, variation in SLIDING.items():
+            path = zoo.write(Path(folder) / f"{name}.gguf", name, **variation)
+            golden = zoo.BY_NAME[name].nodes
+            for kv in ("f16", "q8_0"):
+                for swa_full in (False, True):
+                    layers(path, golden, tokens, n_decode, kv, swa_full)
+            growing(path, golden, tokens)
+        divided(Path(folder) / "gemma2.gguf", tokens)
+
+
+def nodes(llm: pyfasa.Llama) -> dict[str, int]:
+    return {reason: n for reason, n in llm.fasa.counters.nodes.items() if n}
+
+
+def layers(
+    path: Path, golden: dict[str, int], tokens: list[int], n_decode: int, kv: str, swa_full: bool
+) -> None:
+    """Nodes by reason, logits and index of a model with windows; several batches, so that cells are used again."""
+    from support import random_profile
+
+    name = f"{path.stem} {kv}, {'full' if swa_full else 'small'} cache of windows:"
+    common = {
+        "type_k": kv,
+        "type_v": kv,
+        "profile": random_profile(
+            path, bits=(8,)
+        ),  # all chunks: rounding swaps cells of little weight
+        "budget": 256,
+        "min_ctx": 512,
+        "swa_full": swa_full,
+        "n_batch": 128,
+        "n_ubatch": 64,
+    }
+    on_gpu = {"n_gpu_layers": -1}
+    on_cpu = {"n_gpu_layers": 0, "offload_kqv": False}
+    wanted = {reason: n * n_decode for reason, n in golden.items()}
+    found = {}
+    for device, arguments in {"GPU": on_gpu, "CPU": on_cpu}.items():
+        found[device], llm = logits(path, tokens, n_decode, **arguments, **common)
+        expect(f"{name} nodes on the {device}", nodes(llm) == wanted, nodes(llm))
+        attended, visible = llm.fasa.counters.cells_attended, llm.fasa.counters.cells_visible
+        expect(f"{name} cells attended on the {device}", 0 < attended < visible, attended)
+        llm.fasa.verify = True
+        for token in tokens[-2:]:
+            llm.eval([token])
+        expect(f"{name} index on the {device}", llm.fasa.counters.verify_failures == 0)
+        llm.close()
+    full, llm = logits(path, tokens, n_decode, **on_gpu, **(common | {"profile": False}))
+    llm.close()
+    plain, llm = logits(path, tokens, n_decode, **on_cpu, **(common | {"profile": False}))
+    llm.close()
+    apart, between = difference(found["GPU"], found["CPU"]), difference(full, plain)
+    expect(
+        f"{name} logits as on the CPU",
+        apart < 0.01 + 1.5 * between,
+        f"{apart:.4f}, dense {between:.4f}",
+    )
+    expect(f"{name} a small budget is not dense", difference(found["GPU"], full) > 1e-6)
+
+
+def growing(path: Path, golden: dict[str, int], tokens: list[int], pad: int = 256) -> None:
+    """Without a prompt masks are read when n_kv grows: until then the layers are not told apart, and all are dense."""
+    llm = opened(
+        path, n_gpu_layers=-1, n_ctx=1024, profile=profile_of(path), budget=64, min_ctx=128
+    )
+    unknown = {"swa": sum(golden.values())}
+    llm.eval(tokens[:4])
+    for known in (False, True):
+        while llm.n_tokens < (pad if not known else 2 * pad):
+            llm.fasa.reset()
+            llm.eval([tokens[llm.n_tokens]])
+            if nodes(llm) != (golden if known else unknown):
+                break
+        expect(
+            f"{path.stem}: nodes while {llm.n_tokens} tokens have been decoded",
+            nodes(llm) == (golden if known else unknown),
+            nodes(llm),
+        )
+    llm.close()
+
+
+def divided(path: Path, tokens: list[int], n_decode: int = 8) -> None:
+    """Layers 1 and 3 of 4 are full. A device that has one layer only cannot compare it, and leaves it dense."""
+    for n_gpu_layers, n_sparse in {3: 2, 2: 1}.items():  # the last of them is the output's
+        _, llm = logits(
+            path,
+            tokens,
+            n_decode,
+            n_gpu_layers=n_gpu_layers,
+            profile=profile_of(path),
+            budget=256,
+            min_ctx=512,
+        )
+        wanted = {"sparse": n_sparse * n_decode, "swa": (4 - n_sparse) * n_decode}
+        name = f"{path.stem}, {n_gpu_layers - 1} of 4 layers on the GPU:"
+        expect(f"{name} nodes", nodes(llm) == wanted, nodes(llm))
+        llm.fasa.verify = True
+        llm.eval(tokens[-1:])
+        expect(f"{name} index verified", llm.fasa.counters.verify_failures == 0)
+        llm.close()
+
+
 def free_memory() -> int:
     return sum(d.free for d in machine.devices(memory=True) if d.is_gpu)
 
@@ -259,6 +371,7 @@ def main() -> None:
     for kv in ("f16", "q8_0", "q4_0", "bf16"):
         compare(path, tokens, kv, 256, 24)
     split(path, tokens)
+    windows(tokens[:1500])
     if find_profile(path) is not None:
         retrieval(path)
         endurance(path)
