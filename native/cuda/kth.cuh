@@ -13,9 +13,10 @@
 namespace fasa::gpu {
 
 constexpr int kBins   = 2048;
-constexpr int kList   = 1024; // values of the last bin that are ranked one against another
-constexpr int kHeld   = 6144; // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
-constexpr int kPerRun = 16;   // peaks of a thread in registers: contexts up to 131,072 cells
+constexpr int kList   = 1024;      // values of the last bin that are ranked one against another
+constexpr int kHeld   = 6144;      // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
+constexpr int kMarked = 2 * kHeld; // cells, without their values
+constexpr int kPerRun = 16;        // peaks of a thread in registers: contexts up to 131,072 cells
 
 struct alignas(16) Selection { // a thread block's shared memory
     Exchange exchange;
@@ -24,10 +25,15 @@ struct alignas(16) Selection { // a thread block's shared memory
         float   list[kList];
     };
     union {
-        float   values[kHeld];
-        int32_t groups[kHeld]; // before the values are known: the peaks that reach the floor
+        struct {
+            union {
+                float   values[kHeld];
+                int32_t groups[kHeld]; // before the values are known: the peaks that reach the floor
+            };
+            int32_t cells[kHeld];
+        };
+        int32_t marked[kMarked];
     };
-    int32_t cells[kHeld];
     int32_t bin, above, count, total;
     float   result;
     float   floor, least; // of a selection from peaks: what its candidates reached, and its least value

@@ -42,8 +42,8 @@ struct Rows {
     int32_t         dim;
 };
 
-// What a layer's last selection of a query leaves for the next token's, in units of the query's norm: a score that
-// about twice the budget of cells reaches, and the one that the budget of them reached. kNoFilter: nothing is known.
+// What a layer's selections of a query leave for the next token's, in units of the query's norm: a score that 2.5 times
+// the budget of cells should reach, and the one that the budget of them reached. kNoFilter: nothing is known.
 struct Filter {
     float mark, level;
 };

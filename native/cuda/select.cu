@@ -5,7 +5,7 @@
 // The result depends on the scores only, not on the order in which threads run.
 //
 // Most tokens take a shorter way to their candidates. Queries of following tokens score much alike, so select leaves a
-// filter for the next token, which about twice the budget of cells should reach; score marks those that do, and the
+// filter for the next token, which 2.5 times the budget of cells should reach; score marks those that do, and the
 // best of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
 #include "kernels.cuh"
 #include "kth.cuh"
@@ -86,7 +86,7 @@ __device__ int gather(Selection & sh, Block & block, const float * scores, int n
 }
 
 // Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
-// the thread's value i. FEW: at most kHeld values.
+// the thread's value i. FEW: at most kMarked values.
 template <bool FEW, typename Values, typename Cell>
 __device__ int write_cells(Selection & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
                            Cell && cell) {
@@ -149,15 +149,25 @@ __device__ int finish(Selection & sh, Block & block, int n, int budget, float fl
                              : finish<kHeld / kThreads>(sh, block, n, budget, floor, out, threshold);
 }
 
-// From the peaks on: floor, candidates, threshold. `first`: the thread's first peak.
+template <typename Values>
+__device__ int list_candidates(Selection & sh, Block & block, const Values & peaks, int first, const float * scores,
+                               float floor) {
+    const int n_group = list_groups(sh, block, peaks, first, floor);
+    return n_group <= kHeld ? gather(sh, block, scores, n_group, floor) : INT_MAX;
+}
+
+// From the peaks on: floor, candidates, threshold. `first`: the thread's first peak; guess: of a floor, or -inf.
 template <typename Values>
 __device__ int select_from(Selection & sh, Block & block, const Values & peaks, int first, int n_peak,
-                           const float * scores, int budget, int32_t * out) {
-    const float floor   = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
-    const int   n_group = list_groups(sh, block, peaks, first, floor);
-    const int   n       = n_group <= kHeld ? gather(sh, block, scores, n_group, floor) : INT_MAX;
-    float       t;
-    int         n_selected = -1;
+                           const float * scores, int budget, float guess, int32_t * out) {
+    float floor = guess;
+    int   n     = floor > -FLT_MAX ? list_candidates(sh, block, peaks, first, scores, floor) : 0;
+    if (n < budget || n > kHeld) {
+        floor = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
+        n     = list_candidates(sh, block, peaks, first, scores, floor);
+    }
+    float t;
+    int   n_selected = -1;
     if (n <= kHeld) {
         n_selected = finish(sh, block, n, budget, floor, out, &t);
     } else {
@@ -172,7 +182,7 @@ __device__ int select_from(Selection & sh, Block & block, const Values & peaks, 
 // N peaks of each thread in registers, four at a time from memory.
 template <int N>
 __device__ int select_in_registers(Selection & sh, Block & block, const float * peaks, int n_peak, const float * scores,
-                                   int budget, int32_t * out) {
+                                   int budget, float guess, int32_t * out) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
 #pragma unroll
@@ -181,12 +191,12 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
                                             : make_float4(-CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F);
         own.x[i] = x.x, own.x[i + 1] = x.y, own.x[i + 2] = x.z, own.x[i + 3] = x.w;
     }
-    return select_from(sh, block, own, first, n_peak, scores, budget, out);
+    return select_from(sh, block, own, first, n_peak, scores, budget, guess, out);
 }
 
 // ---- from marked cells ---------------------------------------------------------------------------------------------
 
-// Marked cells in order into sh.cells; their number, which is above kHeld when they do not fit.
+// Marked cells in order into sh.marked; their number, which is above kMarked when they do not fit.
 __device__ int list_marked(Selection & sh, Block & block, const uint32_t * marks, int n_cell) {
     constexpr int kPairs = 2;           // of words: all of a thread's in a context of up to 131,072 cells
     const int     words  = n_cell / 32; // a multiple of two
@@ -211,10 +221,10 @@ __device__ int list_marked(Selection & sh, Block & block, const uint32_t * marks
     int        at   = block.exclusive_sum(own, &total);
     const auto list = [&](const uint2 & w, int i) {
         for (uint64_t bits = static_cast<uint64_t>(w.y) << 32 | w.x; bits != 0; bits &= bits - 1) {
-            sh.cells[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
+            sh.marked[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
         }
     };
-    if (total <= kHeld) {
+    if (total <= kMarked) {
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
             if (first + 2 * j < end) {
@@ -240,7 +250,7 @@ __device__ int select_listed(Selection & sh, Block & block, const float * scores
     Registers<N>  own;
 #pragma unroll
     for (int i = 0; i < N; ++i) { // all on their way together
-        own.x[i] = scores[sh.cells[min(first + i, n - 1)]];
+        own.x[i] = scores[sh.marked[min(first + i, n - 1)]];
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -255,14 +265,32 @@ __device__ int select_listed(Selection & sh, Block & block, const float * scores
     const bool found = r.hi > r.lo && sh.bin < kBins - 1 && sh.count <= kList;
     __syncthreads();
     *threshold = found ? rank_bin(sh, own, bin, r, budget - sh.above) : kth_largest(sh, block, own, budget);
-    return write_cells<true>(sh, block, own, *threshold, budget, out, [&](int i) { return sh.cells[first + i]; });
+    return write_cells<true>(sh, block, own, *threshold, budget, out, [&](int i) { return sh.marked[first + i]; });
 }
 
-// What twice the budget of cells would have reached, if n reached `filter` and `budget` reached t: the number falls
-// about exponentially along the tail.
+constexpr float kLogAim = 0.9163f; // of 2.5 budgets
+constexpr float kShare  = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
+
+// What so many cells would have reached, if n reached `filter` and `budget` reached t: the number falls about
+// exponentially along the tail.
 __device__ float next_filter(float filter, float t, int n, int budget, float norm) {
     const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
-    return t - fmaxf((t - filter) * fminf(2.0f, 0.6931f / fmaxf(tail, 0.1f)), 0.05f * norm);
+    return t - fmaxf((t - filter) * fminf(2.0f, kLogAim / fmaxf(tail, 0.1f)), 0.05f * norm);
+}
+
+// What a query leaves for the next token, all in norms.
+__device__ Filter blend(const Filter & passed, const Filter & now, float norm) {
+    return passed.mark < kNoFilter && now.mark < kNoFilter
+               ? Filter{passed.mark / norm + kShare * (now.mark - passed.mark / norm),
+                        passed.level / norm + kShare * (now.level - passed.level / norm)}
+               : now;
+}
+
+// A floor that somewhat more than the budget of cells should reach, from how many reached the filter that went wrong.
+__device__ float guess_floor(const Filter & passed, int n_marked, int budget) {
+    const float tail = logf(1.7f * static_cast<float>(budget) / static_cast<float>(n_marked));
+    return n_marked > 0 && passed.level > passed.mark ? passed.mark - (passed.level - passed.mark) * tail / kLogAim
+                                                      : -CUDART_INF_F;
 }
 
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
@@ -278,6 +306,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     const float   norm      = node.scratch.norms[query];
     const Filter  passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
     int           n         = -1;
+    float         guess     = -CUDART_INF_F;
     Filter        filter    = {kNoFilter, kNoFilter};
     clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
@@ -286,28 +315,31 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     } else if (passed.mark < kNoFilter) {
         const int n_marked =
             list_marked(sh, block, node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell);
-        if (n_marked >= node.budget && n_marked <= kHeld) {
+        if (n_marked >= node.budget && n_marked <= kMarked) {
             float t;
-            n = n_marked <= 3 * kThreads
-                    ? select_listed<3>(sh, block, scores, n_marked, passed, node.budget, out, &t)
-                    : select_listed<kHeld / kThreads>(sh, block, scores, n_marked, passed, node.budget, out, &t);
+            n = n_marked <= 3 * kThreads ? select_listed<3>(sh, block, scores, n_marked, passed, node.budget, out, &t)
+                : n_marked <= 6 * kThreads
+                    ? select_listed<6>(sh, block, scores, n_marked, passed, node.budget, out, &t)
+                    : select_listed<kMarked / kThreads>(sh, block, scores, n_marked, passed, node.budget, out, &t);
             if (t < kForced) {
                 filter = {next_filter(passed.mark, t, n_marked, node.budget, norm) / norm, t / norm};
             }
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
+        } else {
+            guess = guess_floor(passed, n_marked, node.budget);
         }
     }
     if (n < 0) {
         __syncthreads();
         if (n_peak <= 4 * kThreads) {
-            n = select_in_registers<4>(sh, block, peaks, n_peak, scores, node.budget, out);
+            n = select_in_registers<4>(sh, block, peaks, n_peak, scores, node.budget, guess, out);
         } else if (n_peak <= kPerRun * kThreads) {
-            n = select_in_registers<kPerRun>(sh, block, peaks, n_peak, scores, node.budget, out);
+            n = select_in_registers<kPerRun>(sh, block, peaks, n_peak, scores, node.budget, guess, out);
         } else {
             const InMemory own = part_of(peaks, n_peak);
-            n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, out);
+            n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, guess, out);
         }
         if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
@@ -316,7 +348,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
         }
     }
     if (threadIdx.x == 0) {
-        node.filters[query]            = filter;
+        node.filters[query]            = blend(passed, filter, norm);
         node.scratch.n_selected[query] = n;
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),
                   static_cast<unsigned long long>(n_visible));
