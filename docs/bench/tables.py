@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STAGES = ("index", "score", "select", "attend", "wait", "plan", "rest")
+RANDOM_8B_LAYERS = 32  # of the model that tests/gpu/random_gguf.py makes
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -283,6 +284,24 @@ def cuda_stage_table() -> str:
     return markdown(["depth", "K/V", "bits", "stage", "MB", "floor us", "us", "ratio"], rows)
 
 
+def cuda_bus_table() -> str:
+    """What fetching the selected rows of one layer takes over the bus, and the CPU's attend, which reads as much."""
+    names = {"rows": "a kernel reads the rows", "one piece": "as many bytes copied in one piece"}
+    rows = [
+        [names[r["how"]], r["type"], f"{number(r['bytes_per_node']) / 1e6:.1f}", r["time_us"], r["gb_per_s"]]
+        for r in read("cuda-bus.csv")
+    ]  # fmt: skip
+    n_bytes = {r["type"]: number(r["bytes_per_node"]) for r in read("cuda-bus.csv")}
+    for r in read("cuda-host-f16.csv"):
+        if r["attention"] == "fasa" and r["n_depth"] == "16384":
+            us = number(r["attend_ns"]) / 1e3 / RANDOM_8B_LAYERS
+            kv = r["type_k"]
+            speed = f"{n_bytes[kv] / us / 1e3:.1f}"
+            what = f"attend on the CPU, {r['n_threads']} threads"
+            rows.append([what, kv, f"{n_bytes[kv] / 1e6:.1f}", f"{us:.1f}", speed])
+    return markdown(["how", "K/V", "MB per layer", "us", "GB/s"], rows)
+
+
 def plugin_table() -> str:
     """Medians of stock llama-bench, with the plugin idle, and with FASA."""
     speed: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -406,6 +425,7 @@ def main() -> None:
         "cuda": cuda_table(),
         "cuda-short": cuda_short_table(),
         "cuda-stages": cuda_stage_table(),
+        "cuda-bus": cuda_bus_table(),
         "plugin": plugin_table(),
         "plugin-kld": plugin_kld_table(),
         "answers": answers_table(),

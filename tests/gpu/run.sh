@@ -5,13 +5,13 @@
 #   tests/gpu/run.sh [results folder]
 #
 # Needs nvcc, cmake, and a Python with llama-cpp-python built for CUDA and with pyfasa's requirements. Settings:
-#   PYTHON=python3   PYFASA_BUILD=build/gpu   PYFASA_STEPS="build kernels sanitize models stages speed host"
+#   PYTHON=python3   PYFASA_BUILD=build/gpu   PYFASA_STEPS="build kernels sanitize models stages speed bus host"
 #   PYFASA_BIG=     a model for the timings; without it a random 8B-shaped one is made
 set -eu
 RESULTS=${1:-build/gpu-results}
 PYTHON=${PYTHON:-python3}
 BUILD=${PYFASA_BUILD:-build/gpu}
-STEPS=${PYFASA_STEPS:-build kernels sanitize models stages speed host}
+STEPS=${PYFASA_STEPS:-build kernels sanitize models stages speed bus host}
 SMALL=models/pyfasa-tiny-12m-Q8_0.gguf
 mkdir -p "$RESULTS" "$BUILD"
 failed=
@@ -50,6 +50,9 @@ if step speed; then
     for kv in q8_0 f16; do
         check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --bits 4,2 --depths 4096,16384,32768,131072 > "$RESULTS/cuda-$kv.csv"
     done
+fi
+if step bus; then
+    check "$BUILD/fasa_cuda_bus" | tee "$RESULTS/cuda-bus.csv"
 fi
 if step host; then
     check "$PYTHON" tests/gpu/bench.py "$BIG" --kv f16 --depths 4096,16384,32768 --bits 4 --kv-on-host --threads 16 --n-gen 8 \
