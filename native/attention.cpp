@@ -80,17 +80,22 @@ void run_heads(const NodeWork & w, const Row & row, int64_t h0, int64_t h1, Stag
     }
 }
 
-// Fewer heads than threads: parts of each head's selection, merged at the end.
+// Parts of each head's selection, merged at the end. Threads take the next part when they have done one: cores are not
+// equally fast, and those that wait are lost. In which order does not change the result.
 void run_splits(const NodeWork & w, const Row & row, int ith, int nth, int64_t h0, int64_t h1, StageClock & clock) {
-    const int n_split = std::min(Scratch::kMaxSplits, std::max(2, (2 * nth + w.plan.n_head - 1) / w.plan.n_head));
+    const int n_split = std::clamp((8 * nth + w.plan.n_head - 1) / w.plan.n_head, 2, Scratch::kMaxSplits);
     for (int64_t h = h0; h < h1; ++h) {
         select_head(w, row, h);
     }
     clock.to(w.timings->select);
+    if (ith == 0) { // all have left the parts of the row before at its last barrier
+        w.scratch->next_part.store(0, std::memory_order_relaxed);
+    }
     w.barrier->wait(nth);
     clock.to(w.timings->wait);
-    for (int task = ith; task < w.plan.n_head * n_split; task += nth) {
-        attend_part(w, row, task / n_split, task % n_split, n_split);
+    const auto take = [&w] { return w.scratch->next_part.fetch_add(1, std::memory_order_relaxed); };
+    for (int part = take(); part < w.plan.n_head * n_split; part = take()) {
+        attend_part(w, row, part / n_split, part % n_split, n_split);
     }
     clock.to(w.timings->attend);
     w.barrier->wait(nth);
@@ -106,7 +111,7 @@ void run_splits(const NodeWork & w, const Row & row, int ith, int nth, int64_t h
 }
 
 // A thread's share: KV heads whole when they divide well, which needs no barrier and keeps a head's scores in its
-// thread's cache; else a range of blocks of all heads, then a range of query heads.
+// thread's cache; else a range of blocks of all heads, then a range of query heads to select for.
 struct Share {
     bool            whole_kv_heads;
     SideIndex::Part part;
@@ -138,7 +143,7 @@ void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, 
         w.barrier->wait(nth);
         clock.to(w.timings->wait);
     }
-    if (share.whole_kv_heads || divides_well(w.plan.n_head, nth)) {
+    if (share.whole_kv_heads) {
         run_heads(w, row, share.h0, share.h1, clock);
     } else {
         run_splits(w, row, ith, nth, share.h0, share.h1, clock);

@@ -32,6 +32,7 @@ struct Scratch {
     Aligned<float>       states; // [kMaxSplits * (2 + head_dim_v)]: m, d, o
     int64_t              n_head = 0, n_block = 0;
     std::vector<int64_t> n_selected;
+    std::atomic<int>     next_part{0}; // of the selections that threads share
 
     static constexpr int kMaxSplits = 64;
     void                 reserve(int64_t n_head, int64_t n_block);
