@@ -16,26 +16,26 @@ constexpr int kColumns = 4; // queries
 
 // A lane's share of the sums: queries first_query and the next; cells first_cell, the next, and both 16 further.
 struct Lane {
-    int t, group, pair, first_query, first_cell;
+    int t, g, pair, first_query, first_cell;
 
     __device__ explicit Lane(int lane)
-        : t(lane % 4), group(lane / 4), pair(lane / 16), first_query(lane % 2 * 2),
+        : t(lane % 4), g(lane / 4), pair(lane / 16), first_query(lane % 2 * 2),
           first_cell(lane / 16 * 32 + lane / 4 % 4 * 4 + lane % 4 / 2 * 2) {}
 };
 
-// What a lane knows of the query whose codes it loads, number group % 4; at least one mask is zero.
+// What a lane knows of the query whose codes it loads, number g % 4; at least one mask is zero.
 struct QueryCodes {
     const int32_t * quads;
     int32_t         left, right; // masks
 
     __device__ QueryCodes(const int8_t * codes, bool exists, const Lane & at)
-        : quads(reinterpret_cast<const int32_t *>(codes) + at.t), left(exists && at.group < kColumns ? -1 : 0),
-          right(exists && at.group >= kColumns ? -1 : 0) {}
+        : quads(reinterpret_cast<const int32_t *>(codes) + at.t), left(exists && at.g < kColumns ? -1 : 0),
+          right(exists && at.g >= kColumns ? -1 : 0) {}
 };
 
 // Bytes from the start of the quads to a lane's 16 bytes of its first quad, t; four quads later they are 128 BITS on.
 template <int BITS> __device__ int lane_offset(const Lane & at) {
-    const int column = at.group % 4 * 16;
+    const int column = at.g % 4 * 16;
     return BITS == 8   ? at.t * 256 + at.pair * 128 + column
            : BITS == 4 ? at.t * 128 + at.pair * 64 + column
            : BITS == 2 ? at.t * 64 + column

@@ -37,12 +37,12 @@ __device__ Pass pass_of(const Node & node, int number, int head_kv, int stream, 
     const int     group = node.n_head / node.n_head_kv, per_row = (group + kColumns - 1) / kColumns;
     const int     row = stream * node.n_rows + number / per_row, head = number % per_row * kColumns;
     const int     first = row * node.n_head + head_kv * group + head, n = min(kColumns, group - head);
-    const int     loaded = min(at.group % kColumns, n - 1), peak = at.first_query + at.group % 2;
+    const int     loaded = min(at.g % kColumns, n - 1), peak = at.first_query + at.g % 2;
     const int64_t stride = n_blocks(node.n_kv) * FASA_BLOCK_CELLS;
     const int     mine   = max(0, min(2, n - at.first_query));
     const int     query = first + (mine > 0 ? at.first_query : 0), peak_query = first + min(peak, n - 1);
-    const int     eight = at.pair * 4 + at.t / 2 * 2 + at.group / 2 % 2, lane = at.group * 4 + at.t;
-    return {QueryCodes(node.scratch.codes + int64_t{first + loaded} * kMaxSlots, at.group % kColumns < n, at),
+    const int     eight = at.pair * 4 + at.t / 2 * 2 + at.g / 2 % 2, lane = at.g * 4 + at.t;
+    return {QueryCodes(node.scratch.codes + int64_t{first + loaded} * kMaxSlots, at.g % kColumns < n, at),
             node.scratch.levels + int64_t{query} * 2 * kSegments,
             mine,
             peak < n,
@@ -160,9 +160,9 @@ __device__ void add_fresh(int own, int block, uint64_t & fresh) {
 // ---- what is stored ----------------------------------------------------------------------------------------------
 
 // The largest of eight cells that follow each other, from the four lanes that share them. Each lane has one of 32 in
-// the end: of its query group % 2, and the eight cells that Pass::peaks points to.
+// the end: of its query g % 2, and the eight cells that Pass::peaks points to.
 __device__ float peak_of(const Scores & scores, const Lane & at) {
-    const bool is_low = at.t < 2, is_even = at.group % 2 == 0;
+    const bool is_low = at.t < 2, is_even = at.g % 2 == 0;
     float      kept[2];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
