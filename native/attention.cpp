@@ -69,7 +69,7 @@ bool divides_well(int n_task, int nth) {
     return rounds * nth * 4 <= n_task * 5;
 }
 
-// select and attend for heads h0 <= h < h1; the result is written.
+// select and attend by one thread for heads h0 <= h < h1; the result is written.
 void run_heads(const NodeWork & w, const Row & row, int64_t h0, int64_t h1, StageClock & clock) {
     for (int64_t h = h0; h < h1; ++h) {
         select_head(w, row, h);
@@ -80,38 +80,8 @@ void run_heads(const NodeWork & w, const Row & row, int64_t h0, int64_t h1, Stag
     }
 }
 
-// Parts of each head's selection, merged at the end. Threads take the next part when they have done one: cores are not
-// equally fast, and those that wait are lost. In which order does not change the result.
-void run_splits(const NodeWork & w, const Row & row, int ith, int nth, int64_t h0, int64_t h1, StageClock & clock) {
-    const int n_split = std::clamp((8 * nth + w.plan.n_head - 1) / w.plan.n_head, 2, Scratch::kMaxSplits);
-    for (int64_t h = h0; h < h1; ++h) {
-        select_head(w, row, h);
-    }
-    clock.to(w.timings->select);
-    if (ith == 0) { // all have left the parts of the row before at its last barrier
-        w.scratch->next_part.store(0, std::memory_order_relaxed);
-    }
-    w.barrier->wait(nth);
-    clock.to(w.timings->wait);
-    const auto take = [&w] { return w.scratch->next_part.fetch_add(1, std::memory_order_relaxed); };
-    for (int part = take(); part < w.plan.n_head * n_split; part = take()) {
-        attend_part(w, row, part / n_split, part % n_split, n_split);
-    }
-    clock.to(w.timings->attend);
-    w.barrier->wait(nth);
-    clock.to(w.timings->wait);
-    for (int64_t h = h0; h < h1; ++h) {
-        const State s = state_of(w, h, 0);
-        for (int split = 1; split < n_split; ++split) {
-            merge(s, state_of(w, h, split), w.node->ne[0]);
-        }
-        finish(w, s, h, row);
-    }
-    clock.to(w.timings->attend);
-}
-
-// A thread's share: KV heads whole when they divide well, which needs no barrier and keeps a head's scores in its
-// thread's cache; else a range of blocks of all heads, then a range of query heads to select for.
+// A thread's share: KV heads whole when they divide well, which needs no barrier after score and keeps a head's scores
+// in its thread's cache; else a range of blocks of all heads, then a range of query heads to select for.
 struct Share {
     bool            whole_kv_heads;
     SideIndex::Part part;
@@ -135,6 +105,39 @@ Share share_of(const NodeWork & w, int64_t stream, int ith, int nth) {
             static_cast<int64_t>(n_head) * (ith + 1) / nth};
 }
 
+// Parts of each head's selection, merged at the end. A thread that is done with its own takes parts of others: cores
+// are not equally fast, and those that wait are lost. Who does a part does not change the result.
+void run_splits(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
+    const int n_split = std::clamp((8 * nth + w.plan.n_head - 1) / w.plan.n_head, 2, Scratch::kMaxSplits);
+    for (int64_t h = share.h0; h < share.h1; ++h) {
+        select_head(w, row, h);
+    }
+    clock.to(w.timings->select);
+    w.scratch->next[ith].part.store(0, std::memory_order_relaxed); // all have left the row before at its last barrier
+    w.barrier->wait(nth);
+    clock.to(w.timings->wait);
+    for (int i = 0; i < nth; ++i) {
+        const int   owner = (ith + i) % nth;
+        const Share of    = share_of(w, row.stream, owner, nth);
+        auto &      next  = w.scratch->next[owner].part;
+        const auto  n     = static_cast<int>(of.h1 - of.h0) * n_split;
+        for (int part = next.fetch_add(1); part < n; part = next.fetch_add(1)) {
+            attend_part(w, row, of.h0 + part / n_split, part % n_split, n_split);
+        }
+    }
+    clock.to(w.timings->attend);
+    w.barrier->wait(nth);
+    clock.to(w.timings->wait);
+    for (int64_t h = share.h0; h < share.h1; ++h) {
+        const State s = state_of(w, h, 0);
+        for (int split = 1; split < n_split; ++split) {
+            merge(s, state_of(w, h, split), w.node->ne[0]);
+        }
+        finish(w, s, h, row);
+    }
+    clock.to(w.timings->attend);
+}
+
 void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
     if (!row.attend_all) {
         score_part(w, row, share.part, clock);
@@ -143,10 +146,10 @@ void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, 
         w.barrier->wait(nth);
         clock.to(w.timings->wait);
     }
-    if (share.whole_kv_heads) {
+    if (nth == 1) {
         run_heads(w, row, share.h0, share.h1, clock);
     } else {
-        run_splits(w, row, ith, nth, share.h0, share.h1, clock);
+        run_splits(w, row, share, ith, nth, clock);
     }
     int64_t n = 0;
     for (int64_t h = share.h0; h < share.h1; ++h) {

@@ -32,7 +32,12 @@ struct Scratch {
     Aligned<float>       states; // [kMaxSplits * (2 + head_dim_v)]: m, d, o
     int64_t              n_head = 0, n_block = 0;
     std::vector<int64_t> n_selected;
-    std::atomic<int>     next_part{0}; // of the selections that threads share
+
+    struct alignas(64) Next { // of a thread's parts of selections, which others may take; each in its own cache line
+        std::atomic<int> part{0};
+    };
+    static constexpr int kMaxThreads = 512; // GGML_MAX_N_THREADS
+    std::vector<Next>    next        = std::vector<Next>(kMaxThreads);
 
     static constexpr int kMaxSplits = 64;
     void                 reserve(int64_t n_head, int64_t n_block);
