@@ -4,6 +4,7 @@
 
 #include "kernels.cuh"
 #include "rows.cuh"
+#include "warp.cuh"
 
 namespace fasa::gpu {
 
@@ -25,10 +26,7 @@ struct Shared {
 };
 
 __device__ float block_max(Shared & sh, float x) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
-    }
+    x = warp_max(x);
     if (threadIdx.x % 32 == 0) {
         sh.warp[threadIdx.x / 32] = x;
     }
@@ -39,10 +37,7 @@ __device__ float block_max(Shared & sh, float x) {
 }
 
 __device__ float block_sum(Shared & sh, float x) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-        x += __shfl_xor_sync(~0u, x, i);
-    }
+    x = warp_sum(x);
     if (threadIdx.x % 32 == 0) {
         sh.warp[threadIdx.x / 32] = x;
     }

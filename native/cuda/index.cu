@@ -6,6 +6,7 @@
 
 #include "kernels.cuh"
 #include "rows.cuh"
+#include "warp.cuh"
 
 namespace fasa::gpu {
 
@@ -23,22 +24,6 @@ __device__ uint32_t step_code(float step, bool up) {
 }
 
 __device__ float step_value(uint32_t code) { return __uint_as_float((code << 19) + kStepOffset); }
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-    for (int i = kWarp / 2; i > 0; i /= 2) {
-        x += __shfl_xor_sync(~0u, x, i);
-    }
-    return x;
-}
-
-__device__ float warp_max(float x) {
-#pragma unroll
-    for (int i = kWarp / 2; i > 0; i /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
-    }
-    return x;
-}
 
 // A row of up to 32 * OWN numbers in a warp's registers: number 32 i + lane is x[i]. The butterflies of hadamard.h;
 // which of them come first in a stage does not matter.

@@ -91,21 +91,22 @@ __device__ inline void multiply_add(int32_t c[4], const uint32_t a[4], const int
 #endif
 }
 
-// Products of up to 8 * STEPS quads; `quads` and `query` are the lane's. FULL: all of them are there; else n are, and
-// the others count nothing.
-template <int BITS, int STEPS, bool FULL>
+// Products of 16 quads, or if not FULL of up to 8, n of which are there: the others count nothing. `quads` and `query`
+// are the lane's.
+template <int BITS, bool FULL>
 __device__ void add_quads(const uint8_t * quads, int n, const int32_t * query, const QueryCodes & q, const Lane & at,
                           int32_t sums[2][4]) {
-    Chunk<BITS> chunks[2 * STEPS];
-    int32_t     codes[2 * STEPS];
+    constexpr int kLoads = FULL ? 4 : 2;
+    Chunk<BITS>   chunks[kLoads];
+    int32_t       codes[kLoads];
 #pragma unroll
-    for (int j = 0; j < 2 * STEPS; ++j) { // all on their way at once
+    for (int j = 0; j < kLoads; ++j) { // all on their way at once
         const bool there = FULL || 4 * j + at.t < n;
         chunks[j].load(there ? quads + j * 128 * BITS : quads - lane_offset<BITS>(at));
         codes[j] = there ? query[4 * j] : 0;
     }
 #pragma unroll
-    for (int j = 0; j < 2 * STEPS; j += 2) {
+    for (int j = 0; j < kLoads; j += 2) {
         const int32_t left[2]  = {codes[j] & q.left, codes[j + 1] & q.left};
         const int32_t right[2] = {codes[j] & q.right, codes[j + 1] & q.right};
 #pragma unroll
@@ -125,10 +126,10 @@ __device__ void add_products(const uint8_t * quads, int n_quad, int slot, const 
     const int32_t * query = q.quads + slot / 4;
     int             n     = n_quad;
     for (; BITS < 8 && n >= 16; n -= 16, own += 512 * BITS, query += 16) {
-        add_quads<BITS, 2, true>(own, n, query, q, at, sums);
+        add_quads<BITS, true>(own, n, query, q, at, sums);
     }
     for (; n > 0; n -= 8, own += 256 * BITS, query += 8) {
-        add_quads<BITS, 1, false>(own, n, query, q, at, sums);
+        add_quads<BITS, false>(own, n, query, q, at, sums);
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels.cuh"
 #include "products.cuh"
+#include "warp.cuh"
 
 namespace fasa::gpu {
 
@@ -132,14 +133,6 @@ __device__ int mend(const Node & node, const Pass & pass, int first, uint32_t fr
             float & x = scores.x[q][i / 2][i % 2];
             x         = !visible ? -CUDART_INF_F : forced ? kForced : x;
         }
-    }
-    return n;
-}
-
-__device__ int warp_sum(int n) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-        n += __shfl_xor_sync(~0u, n, i);
     }
     return n;
 }

@@ -116,31 +116,25 @@ __device__ int write_cells(Selection & sh, Block & block, const Values & values,
     return min(limit, n_above + n_equal);
 }
 
-__device__ int write_from_memory(Selection & sh, Block & block, const float * values, const int32_t * cells, int n,
-                                 float t, int limit, int32_t * out) {
-    const InMemory own   = part_of(values, n);
-    const int      first = static_cast<int>(own.x - values);
-    return write_cells<false>(sh, block, own, t, limit, out,
-                              [&](int i) { return cells != nullptr ? cells[first + i] : first + i; });
+// The same for all cells of a context, whose scores are in memory.
+__device__ int write_from_memory(Selection & sh, Block & block, const float * scores, int n, float t, int limit,
+                                 int32_t * out) {
+    const InMemory own   = part_of(scores, n);
+    const int      first = static_cast<int>(own.x - scores);
+    return write_cells<false>(sh, block, own, t, limit, out, [&](int i) { return first + i; });
 }
 
-// A thread's candidates, when there are few per thread.
-template <int N> __device__ Registers<N> held_values(const Selection & sh, int n) {
+// Candidates in registers, when there are few per thread.
+template <int N>
+__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
     Registers<N> own;
     const int    first = static_cast<int>(threadIdx.x) * N;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         own.x[i] = first + i < n ? sh.values[first + i] : -CUDART_INF_F;
     }
-    return own;
-}
-
-template <int N>
-__device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
-    const auto  own   = held_values<N>(sh, n);
-    const int   first = static_cast<int>(threadIdx.x) * N;
-    const float t     = n > budget ? kth_largest(sh, block, own, budget) : floor;
-    *threshold        = t;
+    const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
+    *threshold    = t;
     return write_cells<true>(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
@@ -176,7 +170,7 @@ __device__ int select_from(Selection & sh, Block & block, const Values & peaks, 
     if (threadIdx.x == 0) {
         sh.floor = floor, sh.least = t, sh.reached = n;
     }
-    return n_selected >= 0 ? n_selected : write_from_memory(sh, block, scores, nullptr, n_peak * kPeak, t, budget, out);
+    return n_selected >= 0 ? n_selected : write_from_memory(sh, block, scores, n_peak * kPeak, t, budget, out);
 }
 
 // N peaks of each thread in registers, four at a time from memory.
@@ -311,7 +305,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
-        n = write_from_memory(sh, block, scores, nullptr, n_cell, -FLT_MAX, node.max_selected, out);
+        n = write_from_memory(sh, block, scores, n_cell, -FLT_MAX, node.max_selected, out);
     } else if (passed.mark < kNoFilter) {
         const int n_marked =
             list_marked(sh, block, node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell);
