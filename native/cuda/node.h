@@ -15,7 +15,7 @@ namespace fasa::gpu {
 
 constexpr int32_t kMaxSlots = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
 constexpr int32_t kSegments = 4;   // 8, 4, 2 and 1 bits
-constexpr int32_t kFresh    = 64;  // new cells of a stream that are always selected
+constexpr int32_t kFresh    = 64;  // new cells of a step that is chosen for before they have their entries
 constexpr int32_t kPeak     = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
 constexpr float   kNoFilter = 3.402823466e38f;
 constexpr float   kForced   = 3.402823466e38f; // the score of cells that are always selected: no other reaches it

@@ -238,7 +238,9 @@ __device__ int list_marked(Selection & sh, Block & block, const uint32_t * marks
 template <int N>
 __device__ int select_listed(Selection & sh, Block & block, const float * scores, int n, const Filter & passed,
                              int budget, int32_t * out, float * threshold) {
-    const Range   r = {passed.mark, passed.mark + 4.0f * (passed.level - passed.mark)};
+    // Rounding of the two means may put the level an ulp below the mark; a range that falls would have bins before the
+    // first.
+    const Range   r = {passed.mark, passed.mark + 4.0f * fmaxf(passed.level - passed.mark, 0.0f)};
     const Binning bin(r);
     const int     first = static_cast<int>(threadIdx.x) * N;
     Registers<N>  own;
