@@ -69,9 +69,9 @@ bool divides_well(int n_task, int nth) {
     return rounds * nth * 4 <= n_task * 5;
 }
 
-// select and attend by one thread for heads h0 <= h < h1; the result is written.
-void run_heads(const NodeWork & w, const Row & row, int64_t h0, int64_t h1, StageClock & clock) {
-    for (int64_t h = h0; h < h1; ++h) {
+// select and attend where there is one thread; the result is written.
+void run_heads(const NodeWork & w, const Row & row, StageClock & clock) {
+    for (int64_t h = 0; h < w.plan.n_head; ++h) {
         select_head(w, row, h);
         clock.to(w.timings->select);
         attend_part(w, row, h, 0, 1);
@@ -106,7 +106,8 @@ Share share_of(const NodeWork & w, int64_t stream, int ith, int nth) {
 }
 
 // Parts of each head's selection, merged at the end. A thread that is done with its own takes parts of others: cores
-// are not equally fast, and those that wait are lost. Who does a part does not change the result.
+// are not equally fast, and those that wait are lost. Who does a part does not change the result. Behind the second
+// barrier nobody needs scores or cells: the next row may overwrite them.
 void run_splits(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
     const int n_split = std::clamp((8 * nth + w.plan.n_head - 1) / w.plan.n_head, 2, Scratch::kMaxSplits);
     for (int64_t h = share.h0; h < share.h1; ++h) {
@@ -147,7 +148,7 @@ void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, 
         clock.to(w.timings->wait);
     }
     if (nth == 1) {
-        run_heads(w, row, share.h0, share.h1, clock);
+        run_heads(w, row, clock);
     } else {
         run_splits(w, row, share, ith, nth, clock);
     }
@@ -170,10 +171,6 @@ void run_sparse(const NodeWork & w, int ith, int nth) {
             refresh_part(w, share.part, clock);
         }
         run_row(w, row, share, ith, nth, clock);
-        if (!share.whole_kv_heads && &row != &w.plan.rows.back()) { // the next row overwrites all scores
-            w.barrier->wait(nth);
-            clock.to(w.timings->wait);
-        }
     }
 }
 
