@@ -3,6 +3,7 @@
 #include <math_constants.h>
 
 #include "kernels.cuh"
+#include "query.cuh"
 #include "rows.cuh"
 #include "warp.cuh"
 
@@ -15,6 +16,7 @@ constexpr int kWarps   = kThreads / 32;
 constexpr int kTile    = 128; // cells whose weights are in shared memory at once
 
 static_assert(kTile == kThreads, "a thread per cell of a tile");
+static_assert(kMaxSplits == 64, "two per lane");
 
 struct Shared {
     float   q[FASA_MAX_HEAD_DIM];
@@ -58,7 +60,9 @@ __device__ void key_pass(Shared & sh, const Rows & k, const uint8_t * rows, cons
     constexpr int kRows = kWarps * 32 / LANES;
     const int     lane  = threadIdx.x % LANES;
     const int     used  = lane * kLaneDims < k.dim ? lane : 0;
-    float         q[kLaneDims];
+    // From the row's first byte to its last one, and in no larger steps than memory has.
+    const int called = lane * (v_bytes - 1) / (LANES - 1);
+    float     q[kLaneDims];
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) {
         q[i] = used == lane ? sh.q[lane * kLaneDims + i] : 0.0f;
@@ -69,17 +73,18 @@ __device__ void key_pass(Shared & sh, const Rows & k, const uint8_t * rows, cons
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
             const int64_t cell = sh.cells[t0 + j * kRows + threadIdx.x / LANES];
-            prefetch(v_rows + cell * v.cell + lane * v_bytes / LANES);
-            float x[kLaneDims];
-            R::load(rows + cell * k.cell, used, x);
-            dots[j] = 0.0f;
+            float         x[kLaneDims];
+            const float   unit = R::load(rows + cell * k.cell, used, x);
+            dots[j]            = 0.0f;
 #pragma unroll
             for (int i = 0; i < kLaneDims; ++i) {
                 dots[j] = fmaf(x[i], q[i], dots[j]);
             }
+            dots[j] *= unit;
         }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
+            prefetch(v_rows + sh.cells[t0 + j * kRows + threadIdx.x / LANES] * v.cell + called);
 #pragma unroll
             for (int i = LANES / 2; i > 0; i /= 2) {
                 dots[j] += __shfl_xor_sync(~0u, dots[j], i);
@@ -101,10 +106,10 @@ __device__ void value_pass(const Shared & sh, const Rows & v, const uint8_t * ro
     for (int t0 = 0; t0 < size; t0 += kAtOnce * kRows) {
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-            const int t = t0 + j * kRows + threadIdx.x / LANES;
-            float     x[kLaneDims];
-            R::load(rows + sh.cells[t] * v.cell, used, x);
-            const float w = sh.weights[t];
+            const int   t = t0 + j * kRows + threadIdx.x / LANES;
+            float       x[kLaneDims];
+            const float unit = R::load(rows + sh.cells[t] * v.cell, used, x);
+            const float w    = sh.weights[t] * unit;
 #pragma unroll
             for (int i = 0; i < kLaneDims; ++i) {
                 acc[i] = fmaf(w, x[i], acc[i]);
@@ -114,13 +119,13 @@ __device__ void value_pass(const Shared & sh, const Rows & v, const uint8_t * ro
 }
 
 // Logits to weights relative to the new maximum; returns it.
-__device__ float soft_max(Shared & sh, const Node & node, const uint8_t * mask, int size, float m, float * sum) {
+__device__ float soft_max(Shared & sh, const Node & node, __half mask, int size, float m, float * sum) {
     const int t     = threadIdx.x;
     float     logit = -CUDART_INF_F;
     if (t < size) {
         const float dot = sh.weights[t] * node.scale;
         logit           = node.softcap != 0.0f ? node.softcap * tanhf(dot / node.softcap) : dot;
-        logit += __half2float(reinterpret_cast<const __half *>(mask)[sh.cells[t]]);
+        logit += __half2float(mask);
     }
     const float top = fmaxf(m, block_max(sh, logit));
     // An infinite maximum means that nothing is visible so far: -inf - -inf must not be computed.
@@ -149,41 +154,60 @@ template <int LANES> __device__ void sum_rows(Shared & sh, int dim, float acc[kL
     __syncthreads();
 }
 
-// The parts of one query, merged in their order; an attention sink adds to the denominator only.
-__device__ void merge(Shared & sh, const Node & node, int query, const float * parts, float * out) {
-    const int   size = 2 + node.v.dim, n = node.n_split;
-    const int   s     = threadIdx.x;
-    const float logit = node.sinks != nullptr ? node.sinks[query % node.n_head] : -CUDART_INF_F;
-    const float m     = s < n ? __ldcg(parts + s * size) : -CUDART_INF_F;
-    const float d     = s < n ? __ldcg(parts + s * size + 1) : 0.0f;
-    const float top   = fmaxf(logit, block_max(sh, m));
-    const float w     = m > -CUDART_INF_F ? expf(m - top) : 0.0f;
-    sh.weights[s]     = w;
-    const float total = block_sum(sh, d * w) + (node.sinks != nullptr ? expf(logit - top) : 0.0f);
-    const float inv   = total == 0.0f ? 0.0f : 1.0f / total;
-    for (int i = threadIdx.x; i < node.v.dim; i += kThreads) {
-        float o = 0.0f;
-#pragma unroll 8
-        for (int j = 0; j < n; ++j) {
-            o = fmaf(__ldcg(parts + j * size + 2 + i), sh.weights[j], o);
+// The parts of one query, merged in their order, by every warp for dims of its own; an attention sink adds to the
+// denominator only. One thread block in many comes here, alone: few instructions, and all loads on their way at once.
+__device__ void merge(const Node & node, int head, const float * parts, float * out) {
+    constexpr int kAtOnce = 16;
+    const int     size = 2 + node.v.dim, n = node.n_split, lane = threadIdx.x % 32;
+    float         m[kMaxSplits / 32], d[kMaxSplits / 32];
+    for (int i0 = 0; i0 < node.v.dim; i0 += kThreads) {
+        const int     i  = i0 + static_cast<int>(threadIdx.x);
+        const float * at = parts + 2 + min(i, node.v.dim - 1);
+        float         x[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            x[j] = __ldcg(at + min(j, n - 1) * size);
         }
-        out[i] = o * inv;
+#pragma unroll
+        for (int h = 0; h < kMaxSplits / 32; ++h) {
+            const float * part = parts + min(lane + 32 * h, n - 1) * size;
+            m[h] = __ldcg(part), d[h] = __ldcg(part + 1);
+            m[h] = lane + 32 * h < n ? m[h] : -CUDART_INF_F;
+        }
+        const float logit = node.sinks != nullptr ? node.sinks[head] : -CUDART_INF_F;
+        const float top   = fmaxf(logit, warp_max(fmaxf(m[0], m[1])));
+        float       w[kMaxSplits / 32];
+#pragma unroll
+        for (int h = 0; h < kMaxSplits / 32; ++h) {
+            w[h] = m[h] > -CUDART_INF_F ? expf(m[h] - top) : 0.0f;
+        }
+        const float total = warp_sum(d[0] * w[0] + d[1] * w[1]) + (logit > -CUDART_INF_F ? expf(logit - top) : 0.0f);
+        float       o     = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            o = fmaf(x[j], __shfl_sync(~0u, w[0], j), o); // those past the last weigh nothing
+        }
+        for (int j = kAtOnce; j < n; ++j) {
+            o = fmaf(__ldcg(at + j * size), __shfl_sync(~0u, j < 32 ? w[0] : w[1], j % 32), o);
+        }
+        if (i < node.v.dim) {
+            out[i] = total == 0.0f ? 0.0f : o / total;
+        }
     }
 }
 
-// Grid: split, query.
+// Grid: split; KV head; stream, row and member of the group.
 template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kernel(const Node node) {
     __shared__ Shared sh;
-    const int         query = blockIdx.y, split = blockIdx.x;
-    const int         head = query % node.n_head, row = query / node.n_head % node.n_rows;
-    const int         stream  = query / node.n_head / node.n_rows;
-    const int         head_kv = head / (node.n_head / node.n_head_kv);
-    const uint8_t *   k       = node.k.data + stream * node.k.stream + head_kv * node.k.head;
-    const uint8_t *   v       = node.v.data + stream * node.v.stream + head_kv * node.v.head;
-    const uint8_t *   mask    = node.mask + row * node.mask_row + stream * node.mask_stream;
-    const float *     q = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
-                                                          head * node.q_head + stream * node.q_stream);
-    const int32_t *   cells = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
+    const int         split = blockIdx.x;
+    const Query       at    = query_of(node, blockIdx.y, blockIdx.z);
+    const uint8_t *   k     = node.k.data + at.stream * node.k.stream + at.head_kv * node.k.head;
+    const uint8_t *   v     = node.v.data + at.stream * node.v.stream + at.head_kv * node.v.head;
+    const auto *      mask =
+        reinterpret_cast<const __half *>(node.mask + at.row * node.mask_row + at.stream * node.mask_stream);
+    const float *   q = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + at.row * node.q_row +
+                                                        at.head * node.q_head + at.stream * node.q_stream);
+    const int32_t * cells = node.scratch.cells + static_cast<int64_t>(at.number) * node.max_selected;
     for (int i = threadIdx.x; i < node.k.dim; i += kThreads) {
         sh.q[i] = q[i];
     }
@@ -192,7 +216,7 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
     int        begin   = split * kTile;
     const auto cell_at = [&](int t) { return begin + t < node.max_selected ? cells[begin + t] : 0; };
     int        own = cell_at(threadIdx.x), first = cell_at(0);
-    const int  n = node.scratch.n_selected[query], v_bytes = row_bytes(node.v);
+    const int  n = node.scratch.n_selected[at.number], v_bytes = row_bytes(node.v);
     float      m = -CUDART_INF_F, d = 0.0f;
     float      acc[kLaneDims] = {};
     for (; begin < n; begin += node.n_split * kTile) {
@@ -201,7 +225,9 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
         if (begin != split * kTile) {
             own = cell_at(threadIdx.x), first = cell_at(0);
         }
-        sh.cells[threadIdx.x] = static_cast<int>(threadIdx.x) < size ? own : first;
+        own                   = static_cast<int>(threadIdx.x) < size ? own : first;
+        sh.cells[threadIdx.x] = own;
+        const __half masked   = mask[own];
         __syncthreads();
         switch (node.k.type) {
             case FASA_KV_F16: key_pass<RowF16, LANES>(sh, node.k, k, node.v, v, v_bytes, size); break;
@@ -211,7 +237,7 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
         }
         __syncthreads();
         float       sum;
-        const float top = soft_max(sh, node, mask, size, m, &sum);
+        const float top = soft_max(sh, node, masked, size, m, &sum);
         const float old = top > -CUDART_INF_F ? expf(m - top) : 0.0f;
         m               = top;
         d               = d * old + sum;
@@ -229,7 +255,7 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
     sum_rows<LANES>(sh, node.v.dim, acc);
 
     const int size  = 2 + node.v.dim;
-    float *   parts = node.scratch.parts + static_cast<int64_t>(query) * node.n_split * size;
+    float *   parts = node.scratch.parts + static_cast<int64_t>(at.number) * node.n_split * size;
     float *   part  = parts + split * size;
     for (int i = threadIdx.x; i < node.v.dim; i += kThreads) {
         part[2 + i] = (sh.sums[0][i] + sh.sums[1][i]) + (sh.sums[2][i] + sh.sums[3][i]);
@@ -240,16 +266,16 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence(); // what the others wrote before the barrier included
-        sh.last = atomicAdd(node.scratch.arrived + query, 1) == node.n_split - 1;
+        sh.last = atomicAdd(node.scratch.arrived + at.number, 1) == node.n_split - 1;
     }
     __syncthreads();
     if (sh.last) {
         __threadfence();
-        auto * out = reinterpret_cast<float *>(reinterpret_cast<char *>(node.out) + row * node.out_row +
-                                               head * node.out_head + stream * node.out_stream);
-        merge(sh, node, query, parts, out);
+        auto * out = reinterpret_cast<float *>(reinterpret_cast<char *>(node.out) + at.row * node.out_row +
+                                               at.head * node.out_head + at.stream * node.out_stream);
+        merge(node, at.head, parts, out);
         if (threadIdx.x == 0) {
-            node.scratch.arrived[query] = 0;
+            node.scratch.arrived[at.number] = 0;
         }
     }
 }
@@ -257,7 +283,7 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
 } // namespace
 
 cudaError_t launch_attend(const Node & node, cudaStream_t stream) {
-    const dim3 grid(node.n_split, node.n_head * node.n_rows * node.n_stream);
+    const dim3 grid(node.n_split, node.n_head_kv, node.group * node.n_rows * node.n_stream);
     const int  dim    = node.k.dim > node.v.dim ? node.k.dim : node.v.dim;
     const auto kernel = dim <= 64 ? attend_kernel<4> : dim <= 128 ? attend_kernel<8> : attend_kernel<16>;
     kernel<<<grid, kThreads, 0, stream>>>(node);

@@ -5,6 +5,7 @@
 #include <math_constants.h>
 
 #include "kernels.cuh"
+#include "query.cuh"
 #include "rows.cuh"
 #include "warp.cuh"
 
@@ -200,39 +201,53 @@ __global__ void __launch_bounds__(kWarps * kWarp)
 
 // ---- prepare: the first phase of a node ----------------------------------------------------------
 
-__device__ void prepare_query(const Node & node, int query, float * q, int lane) {
-    const int     head = query % node.n_head, row = query / node.n_head % node.n_rows;
-    const int     stream = query / node.n_head / node.n_rows;
-    const float * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + row * node.q_row +
-                                                           head * node.q_head + stream * node.q_stream);
-    const HeadLayout & l = node.index.heads[head / (node.n_head / node.n_head_kv)];
-    const Filter       filter = node.filters[query];
-    undo_rotation(source, q, node.k.dim, node.index.rotation, lane);
+// A query's codes by one warp. It is on the way of everything behind it, so all that it reads is called for at once,
+// and each lane keeps its slots in registers: OWN of them, and one more for padding between segments.
+template <int OWN> __device__ void prepare_query(const Node & node, const Query & at, float * q, int lane) {
+    const auto * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + at.row * node.q_row +
+                                                          at.head * node.q_head + at.stream * node.q_stream);
+    const HeadLayout & l         = node.index.heads[at.head_kv];
+    const Segment      segment_0 = l.segments[0];
+    const int          n_slot = l.n_slot, n_segment = l.n_segment;
+    const Filter       filter = node.filters[at.number];
+    int                dims[OWN + 1];
+    float              x[OWN + 1];
+#pragma unroll
+    for (int i = 0; i <= OWN; ++i) {
+        const int slot = min(i * kWarp + lane, kMaxSlots - 1);
+        dims[i] = l.dims[slot], x[i] = l.scale[slot];
+    }
+    copy_without_rotation<OWN>(source, q, node.k.dim, node.index.rotation, lane);
 
-    float    square = 0.0f;
-    int8_t * codes  = node.scratch.codes + static_cast<int64_t>(query) * kMaxSlots;
-    float *  level  = node.scratch.levels + static_cast<int64_t>(query) * 2 * kSegments;
-    for (int s = 0; s < l.n_segment; ++s) {
-        const Segment seg  = l.segments[s];
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i <= OWN; ++i) {
+        x[i] = i * kWarp + lane < n_slot && dims[i] >= 0 ? q[dims[i]] * x[i] : 0.0f;
+        square += x[i] * x[i];
+    }
+    int8_t * codes = node.scratch.codes + static_cast<int64_t>(at.number) * kMaxSlots;
+    float *  level = node.scratch.levels + static_cast<int64_t>(at.number) * 2 * kSegments;
+    for (int s = 0; s < n_segment; ++s) {
+        const Segment seg  = s == 0 ? segment_0 : l.segments[s];
         float         peak = 0.0f;
-        for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
-            const int   d = l.dims[seg.slot + i];
-            const float x = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
-            peak          = fmaxf(peak, fabsf(x));
-            square += x * x;
+        const auto    has = [&](int i) { return static_cast<unsigned>(i * kWarp + lane - seg.slot) < 4u * seg.n_quad; };
+#pragma unroll
+        for (int i = 0; i <= OWN; ++i) {
+            peak = fmaxf(peak, has(i) ? fabsf(x[i]) : 0.0f);
         }
-        peak              = warp_max(peak);
-        const float top   = 127.0f; // no 16-bit sums here: all widths may use the whole range
-        const float inv   = peak > 0.0f ? top / peak : 0.0f;
-        float       total = 0.0f;
-        for (int i = lane; i < 4 * seg.n_quad; i += kWarp) {
-            const int   d       = l.dims[seg.slot + i];
-            const float x       = d >= 0 ? q[d] * l.scale[seg.slot + i] : 0.0f;
-            const float code    = fminf(top, fmaxf(-top, rintf(x * inv)));
-            codes[seg.slot + i] = static_cast<int8_t>(code);
-            total += code;
+        peak            = warp_peak(peak);
+        const float top = 127.0f; // no 16-bit sums here: all widths may use the whole range
+        const float inv = peak > 0.0f ? top / peak : 0.0f;
+        int         own = 0;
+#pragma unroll
+        for (int i = 0; i <= OWN; ++i) {
+            const auto code = static_cast<int>(fminf(top, fmaxf(-top, rintf(x[i] * inv))));
+            if (has(i)) {
+                codes[i * kWarp + lane] = static_cast<int8_t>(code);
+                own += code;
+            }
         }
-        total = warp_sum(total);
+        const auto total = static_cast<float>(warp_total(own));
         if (lane == 0) { // bounded, so that no score is infinite or NaN: it would be neither above nor below others
             const float step = fminf(peak / top, kMaxLevel);
             level[2 * s]     = step;
@@ -241,9 +256,9 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
     }
     const float norm = sqrtf(warp_sum(square));
     if (lane == 0) {
-        const bool known          = filter.mark < kNoFilter && norm > 0.0f;
-        node.scratch.norms[query] = norm;
-        node.scratch.thresholds[query] =
+        const bool known              = filter.mark < kNoFilter && norm > 1e-30f;
+        node.scratch.norms[at.number] = norm;
+        node.scratch.thresholds[at.number] =
             known ? Filter{filter.mark * norm, filter.level * norm} : Filter{CUDART_INF_F, CUDART_INF_F};
     }
 }
@@ -251,42 +266,41 @@ __device__ void prepare_query(const Node & node, int query, float * q, int lane)
 // The first or last n cells that a row sees, in the order of cells: how many cells from that end they span. 256 cells
 // at a time: the end of a context is mostly hidden.
 __device__ int span_of(const uint16_t * mask, int n_kv, int n, bool from_end, int lane) {
-    constexpr int kOwn = 8;
-    for (int base = 0; base < n_kv && n > 0; base += kOwn * kWarp) {
-        uint32_t seen = 0;
+    constexpr int kAtOnce = 8;
+    for (int base = 0; base < n_kv && n > 0; base += kAtOnce * kWarp) {
+        uint32_t seen[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-            const int i = base + lane * kOwn + j;
-            seen |= i < n_kv && mask[from_end ? n_kv - 1 - i : i] != 0xfc00 ? 1u << j : 0u;
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = min(base + j * kWarp + lane, n_kv - 1); // no load has a condition
+            seen[j]     = mask[from_end ? n_kv - 1 - i : i];
         }
-        const int own       = __popc(seen);
-        int       including = own;
 #pragma unroll
-        for (int i = 1; i < kWarp; i *= 2) {
-            const int y = __shfl_up_sync(~0u, including, i);
-            including += lane >= i ? y : 0;
+        for (int j = 0; j < kAtOnce; ++j) {
+            seen[j] = __ballot_sync(~0u, seen[j] != 0xfc00 && base + j * kWarp + lane < n_kv);
         }
-        const uint32_t enough = __ballot_sync(~0u, including >= n);
-        if (enough != 0) {
-            const int at = __ffs(enough) - 1; // the lane that has the n-th
-            for (int before = including - own; before < n - 1; ++before) {
-                seen &= seen - 1; // of use in that lane only, where it leaves the n-th as the lowest bit
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int here = __popc(seen[j]);
+            if (n <= here) { // the n-th is one of these
+                const bool is_last = (seen[j] >> lane & 1) != 0 && __popc(seen[j] & ((1u << lane) - 1)) == n - 1;
+                return base + j * kWarp + __ffs(static_cast<int>(__ballot_sync(~0u, is_last)));
             }
-            return base + at * kOwn + __shfl_sync(~0u, __ffs(seen), at);
+            n -= here;
         }
-        n -= __shfl_sync(~0u, including, kWarp - 1);
     }
     return n > 0 ? n_kv : 0;
 }
 
-__device__ void prepare_row(const Node & node, int row, int lane) {
-    const auto * mask  = reinterpret_cast<const uint16_t *>(node.mask + row % node.n_rows * node.mask_row +
-                                                            row / node.n_rows * node.mask_stream);
-    const int    first = span_of(mask, node.n_kv, node.n_first, false, lane);
-    const int    last  = span_of(mask, node.n_kv, node.n_last, true, lane);
-    if (lane == 0) {
-        node.scratch.n_visible[row] = 0;
-        node.scratch.windows[row]   = {first, node.n_kv - last};
+__device__ void prepare_row(const Node & node, const Query & at, bool from_end, int lane) {
+    const auto * mask =
+        reinterpret_cast<const uint16_t *>(node.mask + at.row * node.mask_row + at.stream * node.mask_stream);
+    const int span = span_of(mask, node.n_kv, from_end ? node.n_last : node.n_first, from_end, lane);
+    const int row  = at.stream * node.n_rows + at.row;
+    if (lane == 0 && from_end) {
+        node.scratch.windows[row].last_begin = node.n_kv - span;
+    } else if (lane == 0) {
+        node.scratch.n_visible[row]         = 0;
+        node.scratch.windows[row].first_end = span;
     }
 }
 
@@ -312,16 +326,20 @@ __device__ void prefetch_layout(const HeadLayout & l, int lane) {
     }
 }
 
-__global__ void __launch_bounds__(kWarps * kWarp) prepare_kernel(const Node node) {
-    __shared__ float rows[kWarps][FASA_MAX_HEAD_DIM];
-    const int        warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int        task    = blockIdx.x * kWarps + warp;
-    const int        n_query = node.n_head * node.n_rows * node.n_stream;
-    if (task < n_query) {
-        prefetch_layout(node.index.heads[task % node.n_head / (node.n_head / node.n_head_kv)], lane);
-        prepare_query(node, task, rows[warp], lane);
-    } else if (task < n_query + node.n_rows * node.n_stream) {
-        prepare_row(node, task - n_query, lane);
+// A warp each: no other thread waits for it. Grid: KV head, and behind the last one the two ends of rows; stream, row
+// and member of the group.
+__global__ void __launch_bounds__(kWarp) prepare_kernel(const Node node) {
+    __shared__ float q[FASA_MAX_HEAD_DIM];
+    const int        lane = threadIdx.x, past = static_cast<int>(blockIdx.x) - node.n_head_kv;
+    const Query      at = query_of(node, blockIdx.x, blockIdx.y);
+    if (past >= 0) {
+        if (at.member == 0) {
+            prepare_row(node, at, past > 0, lane);
+        }
+    } else if (node.k.dim <= FASA_MAX_HEAD_DIM / 2) {
+        prepare_query<FASA_MAX_HEAD_DIM / 2 / kWarp>(node, at, q, lane);
+    } else {
+        prepare_query<FASA_MAX_HEAD_DIM / kWarp>(node, at, q, lane);
     }
 }
 
@@ -345,8 +363,8 @@ cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_b
 }
 
 cudaError_t launch_prepare(const Node & node, cudaStream_t stream) {
-    const int n_task = (node.n_head + 1) * node.n_rows * node.n_stream;
-    prepare_kernel<<<(n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream>>>(node);
+    const dim3 grid(node.n_head_kv + 2, node.group * node.n_rows * node.n_stream);
+    prepare_kernel<<<grid, kWarp, 0, stream>>>(node);
     return cudaGetLastError();
 }
 

@@ -13,12 +13,13 @@
 
 namespace fasa::gpu {
 
-constexpr int32_t kMaxSlots = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
-constexpr int32_t kSegments = 4;   // 8, 4, 2 and 1 bits
-constexpr int32_t kFresh    = 64;  // new cells of a step that is chosen for before they have their entries
-constexpr int32_t kPeak     = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
-constexpr float   kNoFilter = 3.402823466e38f;
-constexpr float   kForced   = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
+constexpr int32_t kMaxSlots  = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
+constexpr int32_t kSegments  = 4;   // 8, 4, 2 and 1 bits
+constexpr int32_t kFresh     = 64;  // new cells of a step that is chosen for before they have their entries
+constexpr int32_t kMaxSplits = 64;  // of a query's selection
+constexpr int32_t kPeak      = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
+constexpr float   kNoFilter  = 3.402823466e38f;
+constexpr float   kForced    = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
 
 struct Segment {
     int32_t bits, n_quad, slot, offset;
@@ -91,7 +92,7 @@ struct Node {
     const float *   sinks; // logits per head, or nullptr
     float *         out;
     int64_t         out_head, out_row, out_stream;
-    int32_t         n_kv, n_rows, n_stream, n_head, n_head_kv;
+    int32_t         n_kv, n_rows, n_stream, n_head, n_head_kv, group; // group: query heads of a KV head
     float           scale, softcap;
 
     Index           index;
@@ -112,7 +113,7 @@ inline int32_t n_splits(int32_t budget, int64_t n_query) {
     while (n * n_query < 256 && 2 * n <= (budget + 31) / 32) {
         n *= 2;
     }
-    return n < 64 ? n : 64;
+    return n < kMaxSplits ? n : kMaxSplits;
 }
 
 } // namespace fasa::gpu

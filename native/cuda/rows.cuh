@@ -1,5 +1,5 @@
-// K and V rows in the cache's formats, 16 dims at a time: the share of one lane. Blocks of quantized types are only
-// 2-byte aligned, so their codes are read as aligned words and shifted.
+// K and V rows in the cache's formats, 16 dims at a time: the share of one lane, in units of what load() returns.
+// Blocks of quantized types are only 2-byte aligned, so their codes are read as aligned words and shifted.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,8 +34,8 @@ __device__ inline float byte_at(uint32_t word, int i, float bias) {
 }
 
 struct RowF16 {
-    static constexpr int   kAtOnce = 4; // rows whose loads are under way together
-    static __device__ void load(const uint8_t * row, int lane, float out[kLaneDims]) {
+    static constexpr int    kAtOnce = 4; // rows whose loads are under way together
+    static __device__ float load(const uint8_t * row, int lane, float out[kLaneDims]) {
         const uint4 * p = reinterpret_cast<const uint4 *>(row + lane * 32);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -47,12 +47,13 @@ struct RowF16 {
                 out[8 * i + 2 * j] = x.x, out[8 * i + 2 * j + 1] = x.y;
             }
         }
+        return 1.0f;
     }
 };
 
 struct RowBf16 {
-    static constexpr int   kAtOnce = 4; // rows whose loads are under way together
-    static __device__ void load(const uint8_t * row, int lane, float out[kLaneDims]) {
+    static constexpr int    kAtOnce = 4; // rows whose loads are under way together
+    static __device__ float load(const uint8_t * row, int lane, float out[kLaneDims]) {
         const uint4 * p = reinterpret_cast<const uint4 *>(row + lane * 32);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -64,26 +65,28 @@ struct RowBf16 {
                 out[8 * i + 2 * j + 1] = __uint_as_float(w[j] & 0xffff0000u);
             }
         }
+        return 1.0f;
     }
 };
 
 struct RowQ80 {
-    static constexpr int   kAtOnce = 8; // rows whose loads are under way together
-    static __device__ void load(const uint8_t * row, int lane, float out[kLaneDims]) {
+    static constexpr int    kAtOnce = 8; // rows whose loads are under way together
+    static __device__ float load(const uint8_t * row, int lane, float out[kLaneDims]) {
         const uint8_t * block = row + lane / 2 * 34;
         uint32_t        codes[4];
         load_codes(block + 2 + lane % 2 * 16, codes);
         const float step = half_at(block);
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) { // signed bytes; with the top bit turned over, 0 to 255
-            out[i] = step * byte_at(codes[i / 4] ^ 0x80808080u, i % 4, 128.0f);
+            out[i] = byte_at(codes[i / 4] ^ 0x80808080u, i % 4, 128.0f);
         }
+        return step;
     }
 };
 
 struct RowQ40 {
-    static constexpr int   kAtOnce = 8; // rows whose loads are under way together
-    static __device__ void load(const uint8_t * row, int lane, float out[kLaneDims]) {
+    static constexpr int    kAtOnce = 8; // rows whose loads are under way together
+    static __device__ float load(const uint8_t * row, int lane, float out[kLaneDims]) {
         const uint8_t * block = row + lane / 2 * 18;
         uint32_t        codes[4];
         load_codes(block + 2, codes);
@@ -91,8 +94,9 @@ struct RowQ40 {
         const int   shift = lane % 2 * 4; // the second half of a block is in the high nibbles
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) {
-            out[i] = step * byte_at(codes[i / 4] >> shift & 0x0f0f0f0fu, i % 4, 8.0f);
+            out[i] = byte_at(codes[i / 4] >> shift & 0x0f0f0f0fu, i % 4, 8.0f);
         }
+        return step;
     }
 };
 
@@ -101,12 +105,20 @@ __device__ inline int row_bytes(const Rows & rows) {
     return blocks * (rows.type == FASA_KV_Q8_0 ? 34 : rows.type == FASA_KV_Q4_0 ? 18 : 64);
 }
 
+template <typename R> __device__ void load_scaled(const uint8_t * row, int lane, float out[kLaneDims]) {
+    const float unit = R::load(row, lane, out);
+#pragma unroll
+    for (int i = 0; i < kLaneDims; ++i) {
+        out[i] *= unit;
+    }
+}
+
 __device__ inline void load_lane(int32_t type, const uint8_t * row, int lane, float out[kLaneDims]) {
     switch (type) {
-        case FASA_KV_F16: RowF16::load(row, lane, out); break;
-        case FASA_KV_BF16: RowBf16::load(row, lane, out); break;
-        case FASA_KV_Q8_0: RowQ80::load(row, lane, out); break;
-        default: RowQ40::load(row, lane, out); break;
+        case FASA_KV_F16: load_scaled<RowF16>(row, lane, out); break;
+        case FASA_KV_BF16: load_scaled<RowBf16>(row, lane, out); break;
+        case FASA_KV_Q8_0: load_scaled<RowQ80>(row, lane, out); break;
+        default: load_scaled<RowQ40>(row, lane, out); break;
     }
 }
 

@@ -1,5 +1,7 @@
 // score: every query head's dot products with the index of its KV head. A warp scores 64 cells for four queries at
 // once; hidden cells get -inf in the same pass, and cells that are always selected a score above all others.
+#include <climits>
+
 #include <math_constants.h>
 
 #include "kernels.cuh"
@@ -35,7 +37,7 @@ struct Pass {
 };
 
 __device__ Pass pass_of(const Node & node, int number, int head_kv, int stream, const Lane & at) {
-    const int     group = node.n_head / node.n_head_kv, per_row = (group + kColumns - 1) / kColumns;
+    const int     group = node.group, per_row = (group + kColumns - 1) / kColumns;
     const int     row = stream * node.n_rows + number / per_row, head = number % per_row * kColumns;
     const int     first = row * node.n_head + head_kv * group + head, n = min(kColumns, group - head);
     const int     loaded = min(at.g % kColumns, n - 1), peak = at.first_query + at.g % 2;
@@ -110,10 +112,10 @@ __device__ Scores score_block(const HeadLayout & l, const Segment & segment_0, c
 
 // ---- cells that are hidden, and cells that are always selected ---------------------------------------------------
 
-// Whether the row sees all of the lane's cells, in the usual case: the mask goes on for the whole block, in words.
-__device__ bool sees_all(const uint8_t * mask, int first) {
+// The mask of the lane's cells, in the usual case: it goes on for the whole block, in words. It has 0 and -inf.
+__device__ uint2 mask_words(const uint8_t * mask, int first) {
     const auto * values = reinterpret_cast<const uint32_t *>(mask + 2 * first);
-    return (values[0] | values[8]) == 0; // a mask has 0 and -inf
+    return {values[0], values[8]};
 }
 
 // Hidden and forced cells get their scores; how many of the lane's cells the row sees. fresh: bits of the block's
@@ -141,6 +143,23 @@ __device__ int new_cell(const Node & node, int stream, int i) {
     const int64_t first = (node.index.first_stream + stream) * node.index.n_cell;
     const int64_t cell  = i < node.n_new ? node.new_cells[i] - first : -1;
     return cell >= 0 && cell < node.n_kv ? static_cast<int>(cell) : -1;
+}
+
+// The blocks between which new cells of a stream lie: most steps have one.
+struct Span {
+    int first, last;
+};
+
+__device__ Span blocks_of_new_cells(const Node & node, int stream, int own, int lane) {
+    uint32_t lowest = own >= 0 ? own : INT_MAX, highest = own + 1; // from 1 on
+#pragma unroll 1
+    for (int i = 32; i < node.n_new; i += 32) {
+        const int cell = new_cell(node, stream, i + lane);
+        lowest         = min(lowest, cell >= 0 ? static_cast<uint32_t>(cell) : static_cast<uint32_t>(INT_MAX));
+        highest        = max(highest, static_cast<uint32_t>(cell + 1));
+    }
+    return {static_cast<int>(INT_MAX - warp_top(INT_MAX - lowest)) >> 6,
+            (static_cast<int>(warp_top(highest)) - 1) >> 6};
 }
 
 // Those of 32 new cells that lie in a block; own: the lane's, or -1. Their entries may not be there yet.
@@ -216,13 +235,13 @@ __global__ void __launch_bounds__(kThreads, at_once(BITS, ALONE)) score_kernel(c
     const Lane         at(lane);
     const HeadLayout & l       = node.index.heads[head_kv];
     const int          n_block = static_cast<int>(n_blocks(node.n_kv)), step = static_cast<int>(gridDim.x) * kWarps;
-    const int          per_row     = (node.n_head / node.n_head_kv + kColumns - 1) / kColumns,
-                       n_pass      = ALONE ? 1 : node.n_rows * per_row;
+    const int          per_row = (node.group + kColumns - 1) / kColumns, n_pass = ALONE ? 1 : node.n_rows * per_row;
     const uint8_t *    blocks      = index_block(node.index, l, node.index.first_stream + stream, 0);
     const bool         counts      = head_kv == 0;
     const int          block_bytes = l.block_bytes;
     const Segment      segment_0   = l.segments[0];
     const int          fresh_0     = new_cell(node, stream, lane);
+    const Span         new_blocks  = blocks_of_new_cells(node, stream, fresh_0, lane);
     Pass               pass        = pass_of(node, 0, head_kv, stream, at);
     if (counts) {
         if (threadIdx.x < node.n_rows) {
@@ -235,20 +254,24 @@ __global__ void __launch_bounds__(kThreads, at_once(BITS, ALONE)) score_kernel(c
     for (int b = begin_at; b < n_block; b += step) {
         const int begin = b * FASA_BLOCK_CELLS, end = begin + FASA_BLOCK_CELLS;
         uint64_t  fresh = 0;
-        add_fresh(fresh_0, b, fresh);
-        for (int i = 32; i < node.n_new; i += 32) {
-            add_fresh(new_cell(node, stream, i + lane), b, fresh);
+        if (b >= new_blocks.first && b <= new_blocks.last) {
+            add_fresh(fresh_0, b, fresh);
+            for (int i = 32; i < node.n_new; i += 32) {
+                add_fresh(new_cell(node, stream, i + lane), b, fresh);
+            }
         }
 #pragma unroll 1
         for (int p = 0; p < n_pass; ++p) {
             if (!ALONE) {
                 pass = pass_of(node, p, head_kv, stream, at);
             }
-            const bool words  = end <= node.n_kv && (reinterpret_cast<uintptr_t>(pass.mask) & 3) == 0;
-            const bool plain  = words && sees_all(pass.mask, begin + at.first_cell);
-            Scores     scores = score_block<BITS>(l, segment_0, blocks + int64_t{b} * block_bytes, pass, at);
-            const bool forced = begin < pass.window.first_end || end > pass.window.last_begin || fresh != 0;
-            int        n      = FASA_BLOCK_CELLS;
+            const bool words = end <= node.n_kv && (reinterpret_cast<uintptr_t>(pass.mask) & 3) == 0;
+            // On its way with the codes, and looked at behind the products: these must not wait for it.
+            const uint2 hidden = words ? mask_words(pass.mask, begin + at.first_cell) : make_uint2(1, 1);
+            Scores      scores = score_block<BITS>(l, segment_0, blocks + int64_t{b} * block_bytes, pass, at);
+            const bool  plain  = words && (hidden.x | hidden.y) == 0;
+            const bool  forced = begin < pass.window.first_end || end > pass.window.last_begin || fresh != 0;
+            int         n      = FASA_BLOCK_CELLS;
             if (forced || __any_sync(~0u, !plain)) {
                 n = mend(node, pass, begin + at.first_cell, static_cast<uint32_t>(fresh >> at.first_cell), scores);
                 n = warp_sum(at.first_query == 0 ? n : 0);
@@ -268,10 +291,12 @@ __global__ void __launch_bounds__(kThreads, at_once(BITS, ALONE)) score_kernel(c
 }
 
 template <int BITS, bool ALONE> cudaError_t launch(const Node & node, cudaStream_t stream) {
-    const int most    = at_once(BITS, ALONE) * device_attribute(cudaDevAttrMultiProcessorCount);
+    // Where they have to take turns anyway, a quarter of the device is left to llama.cpp's kernels for key and value.
     const int lists   = node.n_head_kv * node.n_stream;
     const int wanted  = static_cast<int>((n_blocks(node.n_kv) + kWarps - 1) / kWarps);
-    const int columns = wanted < most / lists ? wanted : most / lists > 0 ? most / lists : 1;
+    const int most    = at_once(BITS, ALONE) * device_attribute(cudaDevAttrMultiProcessorCount) / lists;
+    const int shared  = most > 1 ? most * 3 / 4 : 1;
+    const int columns = wanted <= most ? wanted : shared;
     score_kernel<BITS, ALONE><<<dim3(columns, node.n_head_kv, node.n_stream), kThreads, 0, stream>>>(node);
     return cudaGetLastError();
 }

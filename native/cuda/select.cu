@@ -9,6 +9,7 @@
 // best of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
 #include "kernels.cuh"
 #include "kth.cuh"
+#include "warp.cuh"
 
 namespace fasa::gpu {
 
@@ -190,44 +191,51 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
 
 // ---- from marked cells ---------------------------------------------------------------------------------------------
 
+// A thread's marks that are on their way together, a word of 32 cells each: all in a context of up to 131,072 cells. A
+// warp has words that follow each other, and its lanes take turns: marks lie close together.
+struct Marks {
+    static constexpr int kHere = 4;
+    const uint32_t *     words;
+    int                  first, end; // of the lane; those of the warp end at `end`
+    uint32_t             held[kHere];
+
+    __device__ Marks(const uint32_t * marks, int n_word) : words(marks) {
+        const int share = (n_word + kWarps - 1) / kWarps, warp = static_cast<int>(threadIdx.x) / 32;
+        first = warp * share + static_cast<int>(threadIdx.x) % 32;
+        end   = min(warp * share + share, n_word);
+#pragma unroll
+        for (int j = 0; j < kHere; ++j) {
+            held[j] = words[min(first + 32 * j, n_word - 1)];
+        }
+    }
+
+    // f(word, its number) for each turn of the lanes; a lane that has none gets 0.
+    template <typename F> __device__ void each(F && f) const {
+#pragma unroll
+        for (int j = 0; j < kHere; ++j) {
+            f(first + 32 * j < end ? held[j] : 0, first + 32 * j);
+        }
+        for (int i = first + 32 * kHere; __any_sync(~0u, i < end); i += 32) {
+            f(i < end ? words[i] : 0, i);
+        }
+    }
+};
+
 // Marked cells in order into sh.marked; their number, which is above kMarked when they do not fit.
-__device__ int list_marked(Selection & sh, Block & block, const uint32_t * marks, int n_cell) {
-    constexpr int kPairs = 2;           // of words: all of a thread's in a context of up to 131,072 cells
-    const int     words  = n_cell / 32; // a multiple of two
-    const int     share  = ((words + kThreads - 1) / kThreads + 1) / 2 * 2;
-    const int     first = static_cast<int>(threadIdx.x) * share, end = min(first + share, words);
-    const auto    load = [&](int i) { return *reinterpret_cast<const uint2 *>(marks + (i < end ? i : 0)); };
-    uint2         held[kPairs]; // on their way together
-    int           own = 0;
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-        held[j] = load(first + 2 * j);
-    }
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-        own += first + 2 * j < end ? __popc(held[j].x) + __popc(held[j].y) : 0;
-    }
-    for (int i = first + 2 * kPairs; i < end; i += 2) {
-        const uint2 w = load(i);
-        own += __popc(w.x) + __popc(w.y);
-    }
-    int        total;
-    int        at   = block.exclusive_sum(own, &total);
-    const auto list = [&](const uint2 & w, int i) {
-        for (uint64_t bits = static_cast<uint64_t>(w.y) << 32 | w.x; bits != 0; bits &= bits - 1) {
-            sh.marked[at++] = 32 * i + __ffsll(static_cast<long long>(bits)) - 1;
-        }
-    };
+__device__ int list_marked(Selection & sh, Block & block, const Marks & marks) {
+    const int lane = threadIdx.x % 32;
+    int       own  = 0;
+    marks.each([&](uint32_t word, int) { own += __popc(word); });
+    int total;
+    int at = __shfl_sync(~0u, block.exclusive_sum(own, &total), 0); // of the warp
     if (total <= kMarked) {
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            if (first + 2 * j < end) {
-                list(held[j], first + 2 * j);
+        marks.each([&](uint32_t word, int number) {
+            const int after = at + warp_inclusive_sum(__popc(word), lane);
+            at              = __shfl_sync(~0u, after, 31);
+            for (int i = after - __popc(word); word != 0; word &= word - 1, ++i) {
+                sh.marked[i] = 32 * number + __ffs(static_cast<int>(word)) - 1;
             }
-        }
-        for (int i = first + 2 * kPairs; i < end; i += 2) {
-            list(load(i), i);
-        }
+        });
     }
     __syncthreads();
     return total;
@@ -267,19 +275,22 @@ __device__ int select_listed(Selection & sh, Block & block, const float * scores
 constexpr float kLogAim = 0.9163f; // of 2.5 budgets
 constexpr float kShare  = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
 
-// What so many cells would have reached, if n reached `filter` and `budget` reached t: the number falls about
-// exponentially along the tail.
-__device__ float next_filter(float filter, float t, int n, int budget, float norm) {
-    const float tail = logf(static_cast<float>(n) / static_cast<float>(budget));
-    return t - fmaxf((t - filter) * fminf(2.0f, kLogAim / fmaxf(tail, 0.1f)), 0.05f * norm);
+// How far below a threshold the next mark should be, in units of what n cells reached below it: their number falls
+// about exponentially along the tail.
+__device__ float step_of(int n, int budget) {
+    return fminf(2.0f, kLogAim / fmaxf(__logf(static_cast<float>(n) / static_cast<float>(budget)), 0.1f));
 }
 
-// What a query leaves for the next token, all in norms.
-__device__ Filter blend(const Filter & passed, const Filter & now, float norm) {
-    return passed.mark < kNoFilter && now.mark < kNoFilter
-               ? Filter{passed.mark / norm + kShare * (now.mark - passed.mark / norm),
-                        passed.level / norm + kShare * (now.level - passed.level / norm)}
-               : now;
+// What so many cells would have reached, if n reached `filter` and `budget` reached t.
+__device__ float next_mark(float filter, float t, float step, float norm) {
+    return t - fmaxf((t - filter) * step, 0.05f * norm);
+}
+
+// What a query leaves for the next token; all in norms.
+__device__ Filter blend(const Filter & passed, const Filter & now) {
+    return passed.mark < kNoFilter && now.mark < kNoFilter ? Filter{passed.mark + kShare * (now.mark - passed.mark),
+                                                                    passed.level + kShare * (now.level - passed.level)}
+                                                           : now;
 }
 
 // A floor that somewhat more than the budget of cells should reach, from how many reached the filter that went wrong.
@@ -298,27 +309,32 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
     const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
     int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
     Block         block(sh.exchange);
-    const int     n_visible = node.scratch.n_visible[query / node.n_head];
+    const Marks   marks(node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell / 32);
+    const int     n_visible = node.scratch.n_visible[query < node.n_head ? 0 : query / node.n_head];
     const float   norm      = node.scratch.norms[query];
     const Filter  passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
-    int           n         = -1;
-    float         guess     = -CUDART_INF_F;
-    Filter        filter    = {kNoFilter, kNoFilter};
+    // In norms, what selections left for this token: it need not wait for them here.
+    const float  unit = norm > 1e-30f ? 1.0f / norm : 0.0f;
+    const Filter before =
+        passed.mark < kNoFilter ? Filter{passed.mark * unit, passed.level * unit} : Filter{kNoFilter, kNoFilter};
+    int    n      = -1;
+    float  guess  = -CUDART_INF_F;
+    Filter filter = {kNoFilter, kNoFilter};
     clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         n = write_from_memory(sh, block, scores, n_cell, -FLT_MAX, node.max_selected, out);
     } else if (passed.mark < kNoFilter) {
-        const int n_marked =
-            list_marked(sh, block, node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell);
+        const int n_marked = list_marked(sh, block, marks);
         if (n_marked >= node.budget && n_marked <= kMarked) {
-            float t;
+            const float step = step_of(n_marked, node.budget);
+            float       t;
             n = n_marked <= 3 * kThreads ? select_listed<3>(sh, block, scores, n_marked, passed, node.budget, out, &t)
                 : n_marked <= 6 * kThreads
                     ? select_listed<6>(sh, block, scores, n_marked, passed, node.budget, out, &t)
                     : select_listed<kMarked / kThreads>(sh, block, scores, n_marked, passed, node.budget, out, &t);
             if (t < kForced) {
-                filter = {next_filter(passed.mark, t, n_marked, node.budget, norm) / norm, t / norm};
+                filter = {next_mark(passed.mark, t, step, norm) * unit, t * unit};
             }
             if (threadIdx.x == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
@@ -337,14 +353,14 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
             const InMemory own = part_of(peaks, n_peak);
             n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, guess, out);
         }
-        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && norm > 0.0f) {
+        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && unit > 0.0f) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
-            const float next    = counted ? next_filter(sh.floor, sh.least, sh.reached, node.budget, norm) : sh.floor;
-            filter              = {next / norm, sh.least / norm};
+            const float step    = counted ? step_of(sh.reached, node.budget) : 0.0f;
+            filter = {(counted ? next_mark(sh.floor, sh.least, step, norm) : sh.floor) * unit, sh.least * unit};
         }
     }
     if (threadIdx.x == 0) {
-        node.filters[query]            = blend(passed, filter, norm);
+        node.filters[query]            = blend(before, filter);
         node.scratch.n_selected[query] = n;
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),
                   static_cast<unsigned long long>(n_visible));

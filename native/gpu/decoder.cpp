@@ -190,6 +190,7 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     n.n_stream               = static_cast<int32_t>(q->ne[3]);
     n.n_head                 = w.plan.n_head;
     n.n_head_kv              = w.plan.n_head_kv;
+    n.group                  = n.n_head / n.n_head_kv;
     std::memcpy(&n.scale, node->op_params + 0, sizeof(float));
     std::memcpy(&n.softcap, node->op_params + 2, sizeof(float));
     n.index        = w.index->view(w.plan);

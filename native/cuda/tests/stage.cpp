@@ -49,8 +49,9 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     first_stream      = s.small ? 0 : 1;
     cache_streams     = s.n_stream + 2 * first_stream; // one before the node's, one after
 
-    k.host.resize(cache_streams * n_cell * s.n_head_kv * row_bytes(s.k_type));
-    v.host.resize(cache_streams * n_cell * s.n_head_kv * row_bytes(s.v_type));
+    const auto padded = [](int64_t bytes) { return (bytes + 127) / 128 * 128; }; // as ggml does
+    k.host.resize(padded(cache_streams * n_cell * s.n_head_kv * row_bytes(s.k_type)));
+    v.host.resize(padded(cache_streams * n_cell * s.n_head_kv * row_bytes(s.v_type)));
     for (int64_t c = 0; c < cache_streams * n_cell; ++c) {
         constexpr int64_t kDifferent = 1021;
         if (!s.small || c < kDifferent) {
@@ -146,6 +147,7 @@ Stage::Stage(std::mt19937 & rng, const StageShape & s) : shape(s) {
     node.n_stream     = static_cast<int32_t>(s.n_stream);
     node.n_head       = s.n_head;
     node.n_head_kv    = s.n_head_kv;
+    node.group        = s.n_head / s.n_head_kv;
     node.scale        = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     node.softcap      = s.softcap;
     node.index        = {index.device.get(),
