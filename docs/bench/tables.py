@@ -228,27 +228,40 @@ def answers_table() -> str:
     return markdown(["document", "attention", "right", "cells attended"], rows)
 
 
-def cuda_table() -> str:
-    """Dense and FASA on a GPU, medians of one run; and with K and V in system memory."""
+def cuda_rows(name: str, place: str) -> list[list[str]]:
+    """Dense and FASA of one run, which follow each other in the data; medians."""
     rows = []
-    for name, place in (("q8_0", "GPU"), ("f16", "GPU"), ("host-f16", "system memory")):
-        data = read(f"cuda-{name}.csv")
-        for dense, fasa in zip(data[::2], data[1::2], strict=True):
-            d, f = number(dense["median_ts"]), number(fasa["median_ts"])
-            rows.append(
-                [
-                    f"{int(fasa['n_depth']):,}",
-                    fasa["type_k"],
-                    place,
-                    fasa["index_bits"],
-                    f"{d:.1f}",
-                    f"{f:.1f}",
-                    f"**{f / d:.2f} x**",
-                    f"{100 * number(fasa['cells_read']):.1f} %",
-                ]
-            )
-    header = ["tokens in the cache", "K/V", "cache in", "index bits", "llama.cpp t/s", "pyfasa t/s"]
-    return markdown([*header, "ratio", "cells attended"], rows)
+    data = read(f"cuda-{name}.csv")
+    for dense, fasa in zip(data[::2], data[1::2], strict=True):
+        d, f = number(dense["median_ts"]), number(fasa["median_ts"])
+        rows.append(
+            [
+                f"{int(fasa['n_depth']):,}",
+                fasa["type_k"],
+                place,
+                fasa["index_bits"],
+                f"{d:.1f}",
+                f"{f:.1f}",
+                f"**{f / d:.2f} x**",
+                f"{100 * number(fasa['cells_read']):.1f} %",
+            ]
+        )
+    return rows
+
+
+CUDA_HEADER = ["tokens in the cache", "K/V", "cache in", "index bits", "llama.cpp t/s", "pyfasa t/s"]
+CUDA_HEADER += ["ratio", "cells attended"]
+
+
+def cuda_table() -> str:
+    """Dense and FASA on a GPU; and with K and V in system memory."""
+    rows = cuda_rows("q8_0", "GPU") + cuda_rows("f16", "GPU")
+    return markdown(CUDA_HEADER, rows + cuda_rows("host-f16", "system memory"))
+
+
+def cuda_early_table() -> str:
+    """Sparse decoding from two budgets on, to see from where it pays."""
+    return markdown(CUDA_HEADER, cuda_rows("early", "GPU"))
 
 
 def cuda_short_table() -> str:
@@ -267,7 +280,7 @@ def cuda_short_table() -> str:
 
 
 def cuda_stage_table() -> str:
-    """Time of each stage of one layer against the time its bytes take at 3.0 TB/s."""
+    """Time of each stage of one layer against the time its bytes take at the speed of a copy."""
     rows = [
         [
             f"{int(r['n_depth']):,}",
@@ -423,6 +436,7 @@ def main() -> None:
         "layouts": layouts_table(),
         "rows": rows_table(),
         "cuda": cuda_table(),
+        "cuda-early": cuda_early_table(),
         "cuda-short": cuda_short_table(),
         "cuda-stages": cuda_stage_table(),
         "cuda-bus": cuda_bus_table(),

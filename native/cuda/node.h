@@ -15,7 +15,6 @@ namespace fasa::gpu {
 
 constexpr int32_t kMaxSlots  = 272; // of a layout: FASA_MAX_HEAD_DIM and padding, a multiple of 8
 constexpr int32_t kSegments  = 4;   // 8, 4, 2 and 1 bits
-constexpr int32_t kFresh     = 64;  // new cells of a step that is chosen for before they have their entries
 constexpr int32_t kMaxSplits = 64;  // of a query's selection
 constexpr int32_t kPeak      = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
 constexpr float   kNoFilter  = 3.402823466e38f;

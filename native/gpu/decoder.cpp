@@ -287,7 +287,7 @@ ggml_status Decoder::segments(ggml_cgraph * graph, GraphCompute inner, const Gra
     Device * device = stream_->device();
     for (const Work & w : scanned.work) {
         // Each further segment of a graph that is not captured costs launches.
-        const bool early = capturing && w.ready_at > begin && w.ready_at < w.at && w.args.n_new <= kFresh;
+        const bool early = capturing && w.ready_at > begin && w.ready_at < w.at;
         if (early) {
             const ggml_status status = segment(w.ready_at);
             if (status != GGML_STATUS_SUCCESS) {

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--depths", default="4096,32768,131072")
     parser.add_argument("--bits", default="4")
     parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--min-ctx", type=int, default=None, help="default: pyfasa's")
     parser.add_argument("--n-gen", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
@@ -71,6 +72,7 @@ def main() -> None:
         model=args.model,
         depths=tuple(depths),
         budgets=(args.budget,),
+        min_ctx=args.min_ctx,
         type_k=args.kv,
         type_v=args.kv,
         n_gen=args.n_gen,
@@ -96,6 +98,7 @@ def main() -> None:
             type_v=args.kv,
             profile=profile,
             budget=args.budget,
+            min_ctx=args.min_ctx,
             verbose=False,
         )
 

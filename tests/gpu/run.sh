@@ -6,6 +6,7 @@
 #
 # Needs nvcc, cmake, and a Python with llama-cpp-python built for CUDA and with pyfasa's requirements. Settings:
 #   PYTHON=python3   PYFASA_BUILD=build/gpu   PYFASA_STEPS="build kernels sanitize models stages speed bus host"
+#   PYFASA_TERABYTES=3.0   per second: what floors of stages are reckoned with
 #   PYFASA_BIG=     a model for the timings; without it a random 8B-shaped one is made
 set -eu
 RESULTS=${1:-build/gpu-results}
@@ -39,7 +40,7 @@ if step models; then
     check "$PYTHON" tests/gpu/check.py $SMALL
 fi
 if step stages; then
-    check "$BUILD/fasa_cuda_bench" | tee "$RESULTS/cuda-stages.csv"
+    check "$BUILD/fasa_cuda_bench" "${PYFASA_TERABYTES:-3.0}" | tee "$RESULTS/cuda-stages.csv"
 fi
 BIG=${PYFASA_BIG:-}
 if [ -z "$BIG" ] && { step speed || step host; }; then
@@ -48,7 +49,8 @@ if [ -z "$BIG" ] && { step speed || step host; }; then
 fi
 if step speed; then
     for kv in q8_0 f16; do
-        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --bits 4,2 --depths 4096,16384,32768,131072 > "$RESULTS/cuda-$kv.csv"
+        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --bits 4,2 --depths 4096,32768,131072 > "$RESULTS/cuda-$kv.csv"
+        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --depths 8192,16384,24576 --min-ctx 4096 > "$RESULTS/cuda-early-$kv.csv"
     done
 fi
 if step bus; then
