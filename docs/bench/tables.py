@@ -249,7 +249,14 @@ def cuda_rows(name: str, place: str) -> list[list[str]]:
     return rows
 
 
-CUDA_HEADER = ["tokens in the cache", "K/V", "cache in", "index bits", "llama.cpp t/s", "pyfasa t/s"]
+CUDA_HEADER = [
+    "tokens in the cache",
+    "K/V",
+    "cache in",
+    "index bits",
+    "llama.cpp t/s",
+    "pyfasa t/s",
+]
 CUDA_HEADER += ["ratio", "cells attended"]
 
 

@@ -138,7 +138,7 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
         const int64_t       own = q->ne[1] * q->ne[2] * q->ne[3];
         n_parts                 = std::max(n_parts, own * n_splits(config.budget, own) * (2 + w.plan.v->ne[0]));
         n_row                   = std::max(n_row, q->ne[1] * q->ne[3]);
-        n_query                 = std::max(n_query, q->ne[1] * q->ne[2] * q->ne[3]);
+        n_query                 = std::max(n_query, own);
         n_block                 = std::max(n_block, n_blocks(w.plan.k->ne[1]));
         row_bytes_ = kv_row_bytes(w.plan.k->type, w.plan.k->ne[0]) + kv_row_bytes(w.plan.v->type, w.plan.v->ne[0]);
     }

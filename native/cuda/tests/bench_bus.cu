@@ -86,7 +86,9 @@ int main() {
     cudaDeviceProp device_is;
     check(cudaGetDeviceProperties(&device_is, 0));
     std::printf("how,type,bytes_per_node,time_us,gb_per_s,machine\n");
-    for (const auto & [type, row_bytes] : {std::pair{"f16", 256}, std::pair{"q8_0", 136}}) {
+    for (const auto & format : {std::pair{"f16", 256}, std::pair{"q8_0", 136}}) {
+        const char *         type      = format.first;
+        const int            row_bytes = format.second; // a lambda takes names, no parts of a binding, before C++20
         std::vector<int32_t> chosen(n_row);
         for (int32_t & row : chosen) {
             row = static_cast<int32_t>(rng() % (kCache / row_bytes));
