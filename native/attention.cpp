@@ -81,28 +81,38 @@ void run_heads(const NodeWork & w, const Row & row, StageClock & clock) {
 }
 
 // A thread's share: KV heads whole when they divide well, which needs no barrier after score and keeps a head's scores
-// in its thread's cache; else a range of blocks of all heads, then a range of query heads to select for.
+// in its thread's cache; else a range of the blocks of all heads, one head after the other, so that few heads' queries
+// are prepared by several threads and a new cell is indexed by several; then a range of query heads to select for.
 struct Share {
-    bool            whole_kv_heads;
-    SideIndex::Part part;
-    int64_t         h0, h1; // query heads
+    bool    whole_kv_heads;
+    int64_t stream, n_block; // none when all its rows attend all that they see
+    int64_t first, last;     // KV heads; or blocks of KV head 0, of KV head 1, ...
+    int64_t h0, h1;          // query heads
+
+    // f(part) for as few parts as there can be.
+    template <typename F> void for_parts(F && f) const {
+        if (whole_kv_heads) {
+            f({stream, 0, n_block, static_cast<int32_t>(first), static_cast<int32_t>(last)});
+            return;
+        }
+        for (int64_t at = first; at < last;) {
+            const int64_t h = at / n_block, end = std::min(last, (h + 1) * n_block);
+            f({stream, at - h * n_block, end - h * n_block, static_cast<int32_t>(h), static_cast<int32_t>(h + 1)});
+            at = end;
+        }
+    }
 };
 
 Share share_of(const NodeWork & w, int64_t stream, int ith, int nth) {
-    const int32_t n_head    = w.plan.n_head;
-    const int32_t n_head_kv = w.plan.n_head_kv;
-    const int64_t n_block   = w.plan.n_block[stream];
-    const int64_t at        = w.plan.first_stream + stream;
-    if (divides_well(n_head_kv, nth)) {
-        const int32_t k0    = n_head_kv * ith / nth;
-        const int32_t k1    = n_head_kv * (ith + 1) / nth;
-        const int64_t group = n_head / n_head_kv;
-        return {true, {at, 0, n_block, k0, k1}, k0 * group, k1 * group};
+    const int64_t n_head = w.plan.n_head, n_head_kv = w.plan.n_head_kv, group = n_head / n_head_kv;
+    const int64_t n_block = w.plan.n_block[stream], of_cache = w.plan.first_stream + stream;
+    const auto    begin = [&](int64_t n, int thread) { return n * thread / nth; };
+    if (divides_well(w.plan.n_head_kv, nth)) {
+        const int64_t k0 = begin(n_head_kv, ith), k1 = begin(n_head_kv, ith + 1);
+        return {true, of_cache, n_block, k0, k1, k0 * group, k1 * group};
     }
-    return {false,
-            {at, n_block * ith / nth, n_block * (ith + 1) / nth, 0, n_head_kv},
-            static_cast<int64_t>(n_head) * ith / nth,
-            static_cast<int64_t>(n_head) * (ith + 1) / nth};
+    const int64_t n = n_head_kv * n_block;
+    return {false, of_cache, n_block, begin(n, ith), begin(n, ith + 1), begin(n_head, ith), begin(n_head, ith + 1)};
 }
 
 // Parts of each head's selection, merged at the end. A thread that is done with its own takes parts of others: cores
@@ -141,7 +151,7 @@ void run_splits(const NodeWork & w, const Row & row, const Share & share, int it
 
 void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
     if (!row.attend_all) {
-        score_part(w, row, share.part, clock);
+        share.for_parts([&](const SideIndex::Part & part) { score_part(w, row, part, clock); });
     }
     if (!share.whole_kv_heads) {
         w.barrier->wait(nth);
@@ -168,7 +178,7 @@ void run_sparse(const NodeWork & w, int ith, int nth) {
         const Share share = share_of(w, row.stream, ith, nth);
         if (row.stream != stream) {
             stream = row.stream;
-            refresh_part(w, share.part, clock);
+            share.for_parts([&](const SideIndex::Part & part) { refresh_part(w, part, clock); });
         }
         run_row(w, row, share, ith, nth, clock);
     }
