@@ -203,11 +203,9 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
     const Query       at    = query_of(node, blockIdx.y, blockIdx.z);
     const uint8_t *   k     = node.k.data + at.stream * node.k.stream + at.head_kv * node.k.head;
     const uint8_t *   v     = node.v.data + at.stream * node.v.stream + at.head_kv * node.v.head;
-    const auto *      mask =
-        reinterpret_cast<const __half *>(node.mask + at.row * node.mask_row + at.stream * node.mask_stream);
-    const float *   q = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + at.row * node.q_row +
-                                                        at.head * node.q_head + at.stream * node.q_stream);
-    const int32_t * cells = node.scratch.cells + static_cast<int64_t>(at.number) * node.max_selected;
+    const __half *    mask  = mask_of<__half>(node, at);
+    const float *     q     = values_of(node, at);
+    const int32_t *   cells = node.scratch.cells + static_cast<int64_t>(at.number) * node.max_selected;
     for (int i = threadIdx.x; i < node.k.dim; i += kThreads) {
         sh.q[i] = q[i];
     }

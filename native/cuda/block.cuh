@@ -4,6 +4,8 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "warp.cuh"
+
 namespace fasa::gpu {
 
 constexpr int kThreads = 1024; // of the block
@@ -37,24 +39,13 @@ class Block {
 
     // Sum over the threads before this one; *total: over all.
     __device__ int exclusive_sum(int x, int * total) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        int       sum = x;
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int y = __shfl_up_sync(~0u, sum, i);
-            sum += lane >= i ? y : 0;
-        }
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = warp_inclusive_sum(x, lane);
         turn_ ^= 1;
         if (lane == 31) {
             e_.sums[turn_][warp] = sum;
         }
         __syncthreads();
-        int before = e_.sums[turn_][lane];
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int y = __shfl_up_sync(~0u, before, i);
-            before += lane >= i ? y : 0;
-        }
+        const int before    = warp_inclusive_sum(e_.sums[turn_][lane], lane);
         *total              = __shfl_sync(~0u, before, 31);
         const int of_before = __shfl_sync(~0u, before, warp > 0 ? warp - 1 : 0);
         return (warp > 0 ? of_before : 0) + sum - x;

@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kWarps * kWarp)
 // A query's codes by one warp. It is on the way of everything behind it, so all that it reads is called for at once,
 // and each lane keeps its slots in registers: OWN of them, and one more for padding between segments.
 template <int OWN> __device__ void prepare_query(const Node & node, const Query & at, float * q, int lane) {
-    const auto * source = reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + at.row * node.q_row +
-                                                          at.head * node.q_head + at.stream * node.q_stream);
+    const float *      source    = values_of(node, at);
     const HeadLayout & l         = node.index.heads[at.head_kv];
     const Segment      segment_0 = l.segments[0];
     const int          n_slot = l.n_slot, n_segment = l.n_segment;
@@ -292,10 +291,9 @@ __device__ int span_of(const uint16_t * mask, int n_kv, int n, bool from_end, in
 }
 
 __device__ void prepare_row(const Node & node, const Query & at, bool from_end, int lane) {
-    const auto * mask =
-        reinterpret_cast<const uint16_t *>(node.mask + at.row * node.mask_row + at.stream * node.mask_stream);
-    const int span = span_of(mask, node.n_kv, from_end ? node.n_last : node.n_first, from_end, lane);
-    const int row  = at.stream * node.n_rows + at.row;
+    const int span =
+        span_of(mask_of<uint16_t>(node, at), node.n_kv, from_end ? node.n_last : node.n_first, from_end, lane);
+    const int row = at.stream * node.n_rows + at.row;
     if (lane == 0 && from_end) {
         node.scratch.windows[row].last_begin = node.n_kv - span;
     } else if (lane == 0) {

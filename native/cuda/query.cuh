@@ -24,4 +24,14 @@ __device__ inline Query query_of(const Node & node, int head_kv, int z) {
     return {head_kv, head, row, stream, z, (stream * node.n_rows + row) * node.n_head + head};
 }
 
+__device__ inline const float * values_of(const Node & node, const Query & at) {
+    return reinterpret_cast<const float *>(reinterpret_cast<const char *>(node.q) + at.row * node.q_row +
+                                           at.head * node.q_head + at.stream * node.q_stream);
+}
+
+// The mask of the row, halves of whichever type the caller looks at.
+template <typename T> __device__ const T * mask_of(const Node & node, const Query & at) {
+    return reinterpret_cast<const T *>(node.mask + at.row * node.mask_row + at.stream * node.mask_stream);
+}
+
 } // namespace fasa::gpu
