@@ -11,6 +11,7 @@ import csv
 import re
 import statistics
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -228,62 +229,38 @@ def answers_table() -> str:
     return markdown(["document", "attention", "right", "cells attended"], rows)
 
 
-def cuda_rows(name: str, place: str) -> list[list[str]]:
-    """Dense and FASA of one run, which follow each other in the data; medians."""
-    rows = []
+CUDA_HEADER = ["tokens in the cache", "K/V", "cache in", "llama.cpp t/s", "pyfasa t/s", "ratio"]
+CUDA_RUNS = [("q8_0", "GPU"), ("f16", "GPU"), ("host-f16", "system memory")]
+
+
+def cuda_pairs(name: str) -> Iterator[tuple[int, dict[str, str], float, float]]:
+    """Depth, row of FASA, and the medians of dense and FASA, which follow each other in the data."""
     data = read(f"cuda-{name}.csv")
     for dense, fasa in zip(data[::2], data[1::2], strict=True):
-        d, f = number(dense["median_ts"]), number(fasa["median_ts"])
-        rows.append(
-            [
-                f"{int(fasa['n_depth']):,}",
-                fasa["type_k"],
-                place,
-                fasa["index_bits"],
-                f"{d:.1f}",
-                f"{f:.1f}",
-                f"**{f / d:.2f} x**",
-                f"{100 * number(fasa['cells_read']):.1f} %",
-            ]
-        )
-    return rows
+        yield int(fasa["n_depth"]), fasa, number(dense["median_ts"]), number(fasa["median_ts"])
 
 
-CUDA_HEADER = [
-    "tokens in the cache",
-    "K/V",
-    "cache in",
-    "index bits",
-    "llama.cpp t/s",
-    "pyfasa t/s",
-]
-CUDA_HEADER += ["ratio", "cells attended"]
-
-
-def cuda_table() -> str:
-    """Dense and FASA on a GPU; and with K and V in system memory."""
-    rows = cuda_rows("q8_0", "GPU") + cuda_rows("f16", "GPU")
-    return markdown(CUDA_HEADER, rows + cuda_rows("host-f16", "system memory"))
-
-
-def cuda_early_table() -> str:
-    """Sparse decoding from two budgets on, to see from where it pays."""
-    return markdown(CUDA_HEADER, cuda_rows("early", "GPU"))
+def cuda_table(runs: list[tuple[str, str]]) -> str:
+    """Dense and FASA on a GPU, medians of one run; and with K and V in system memory."""
+    rows = []
+    for name, place in runs:
+        for depth, fasa, d, f in cuda_pairs(name):
+            where = [f"{depth:,}", fasa["type_k"], place, fasa["index_bits"]]
+            read_share = f"{100 * number(fasa['cells_read']):.1f} %"
+            rows.append([*where, f"{d:.1f}", f"{f:.1f}", f"**{f / d:.2f} x**", read_share])
+    header = [*CUDA_HEADER[:3], "index bits", *CUDA_HEADER[3:], "cells attended"]
+    return markdown(header, rows)
 
 
 def cuda_short_table() -> str:
     """The same for newcomers: the index of default size, and the depths between which something happens."""
     rows = []
-    for name, place in (("q8_0", "GPU"), ("f16", "GPU"), ("host-f16", "system memory")):
-        data = read(f"cuda-{name}.csv")
-        for dense, fasa in zip(data[::2], data[1::2], strict=True):
-            if fasa["index_bits"] == "4" and int(fasa["n_depth"]) in (4096, 32768, 131072):
-                d, f = number(dense["median_ts"]), number(fasa["median_ts"])
-                depth = f"{int(fasa['n_depth']):,}"
+    for name, place in CUDA_RUNS:
+        for depth, fasa, d, f in cuda_pairs(name):
+            if fasa["index_bits"] == "4" and depth in (4096, 32768, 131072):
                 speeds = [f"{d:.1f}", f"{f:.1f}", f"**{f / d:.1f} x**"]
-                rows.append([depth, fasa["type_k"], place, *speeds])
-    header = ["tokens in the cache", "K/V", "cache in", "llama.cpp t/s", "pyfasa t/s", "ratio"]
-    return markdown(header, rows)
+                rows.append([f"{depth:,}", fasa["type_k"], place, *speeds])
+    return markdown(CUDA_HEADER, rows)
 
 
 def cuda_stage_table() -> str:
@@ -442,8 +419,8 @@ def main() -> None:
         "types": types_table(),
         "layouts": layouts_table(),
         "rows": rows_table(),
-        "cuda": cuda_table(),
-        "cuda-early": cuda_early_table(),
+        "cuda": cuda_table(CUDA_RUNS),
+        "cuda-early": cuda_table([("early-q8_0", "GPU"), ("early-f16", "GPU")]),
         "cuda-short": cuda_short_table(),
         "cuda-stages": cuda_stage_table(),
         "cuda-bus": cuda_bus_table(),

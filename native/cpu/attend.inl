@@ -6,16 +6,8 @@
 static constexpr int kTile  = 64;
 static constexpr int kAhead = 24;
 
-// Into the L2 cache: it has many more lines on their way at once than the L1 cache, and this is twice as fast.
-static inline void prefetch_row(const uint8_t * row, int bytes) {
-    constexpr int kRead = 0, kIntoL2 = 2;
-    for (int i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(row + i, kRead, kIntoL2);
-    }
-    if (bytes % 64 != 0) { // a row that does not start on a cache line reaches into one more
-        __builtin_prefetch(row + bytes - 1, kRead, kIntoL2);
-    }
-}
+// Into the second-level cache, which is twice as fast here.
+static inline void prefetch_row(const uint8_t * row, int bytes) { prefetch<2>(row, bytes); }
 
 // A query as the K pass wants it; low values of a block meet the sum of its 32 query values.
 struct AttendQuery {

@@ -147,6 +147,7 @@ struct V : Codes256 {
     }
 };
 
+#include "prefetch.inl"
 #include "rows.inl"
 
 #include "attend.inl"

@@ -116,6 +116,7 @@ struct V : Codes256 {
     }
 };
 
+#include "prefetch.inl"
 #include "rows.inl"
 
 #include "attend.inl"

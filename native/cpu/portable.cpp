@@ -176,6 +176,7 @@ struct V {
     }
 };
 
+#include "prefetch.inl"
 #include "rows.inl"
 
 #include "attend.inl"

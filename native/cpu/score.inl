@@ -113,13 +113,6 @@ static void score_block(const Layout & layout, const uint8_t * block, uint64_t v
 // not across pages: without this, two threads scored 16,384 cells of eight heads in 160 us instead of 97.
 static constexpr int64_t kAheadBlocks = 3;
 
-static inline void prefetch_block(const uint8_t * block, int64_t bytes) {
-    constexpr int kRead = 0, kIntoL1 = 3;
-    for (int64_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(block + i, kRead, kIntoL1);
-    }
-}
-
 static void score(const Layout & layout, const float * q, int32_t n_q, const uint8_t * index, const uint64_t * visible,
                   int64_t n_block, int64_t b0, int64_t b1, float * scores, float * peaks) {
     ScoreQuery ready[FASA_MAX_GROUP];
@@ -129,7 +122,7 @@ static void score(const Layout & layout, const float * q, int32_t n_q, const uin
     // All heads of a tile of blocks before the next tile: the tile's index bytes stay in the first-level cache.
     for (int64_t b = b0; b < b1; ++b) {
         if (b + kAheadBlocks < b1) {
-            prefetch_block(index + (b + kAheadBlocks) * layout.block_bytes, layout.block_bytes);
+            prefetch<3>(index + (b + kAheadBlocks) * layout.block_bytes, layout.block_bytes);
         }
         for (int32_t h = 0; h < n_q;) {
             const ScoreQuery * tile[V::kQueries];
