@@ -209,6 +209,7 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
     for (int i = threadIdx.x; i < node.k.dim; i += kThreads) {
         sh.q[i] = q[i];
     }
+    wait_for_kernel_before();
     // Tiles are dealt out in turn: where they begin does not depend on n, so both loads are under way together.
     // Cells past the end repeat the tile's first one with weight 0, so that no load needs a condition.
     int        begin   = split * kTile;
@@ -284,8 +285,7 @@ cudaError_t launch_attend(const Node & node, cudaStream_t stream) {
     const dim3 grid(node.n_split, node.n_head_kv, node.group * node.n_rows * node.n_stream);
     const int  dim    = node.k.dim > node.v.dim ? node.k.dim : node.v.dim;
     const auto kernel = dim <= 64 ? attend_kernel<4> : dim <= 128 ? attend_kernel<8> : attend_kernel<16>;
-    kernel<<<grid, kThreads, 0, stream>>>(node);
-    return cudaGetLastError();
+    return launch_early(kernel, grid, kThreads, 0, stream, node);
 }
 
 } // namespace fasa::gpu

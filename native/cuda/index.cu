@@ -330,6 +330,7 @@ __global__ void __launch_bounds__(kWarp) prepare_kernel(const Node node) {
     __shared__ float q[FASA_MAX_HEAD_DIM];
     const int        lane = threadIdx.x, past = static_cast<int>(blockIdx.x) - node.n_head_kv;
     const Query      at = query_of(node, blockIdx.x, blockIdx.y);
+    let_kernel_behind_begin();
     if (past >= 0) {
         if (at.member == 0) {
             prepare_row(node, at, past > 0, lane);

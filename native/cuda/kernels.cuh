@@ -5,17 +5,11 @@
 
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "layout.h"
 #include "node.h"
 
 namespace fasa::gpu {
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, attribute, device);
-    return value;
-}
 
 // The index of all cells that the node sees, from a block on. n_different: compare with what is there instead, and
 // count the words that differ.
