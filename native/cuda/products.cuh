@@ -91,6 +91,23 @@ __device__ inline void multiply_add(int32_t c[4], const uint32_t a[4], const int
 #endif
 }
 
+// Products of 4 LOADS quads: the lane's codes of the index and of its query, of every fourth quad.
+template <int BITS, int LOADS>
+__device__ void multiply_chunks(const Chunk<BITS> chunks[LOADS], const int32_t codes[LOADS], const QueryCodes & q,
+                                const Lane & at, int32_t sums[2][4]) {
+#pragma unroll
+    for (int j = 0; j < LOADS; j += 2) {
+        const int32_t left[2]  = {codes[j] & q.left, codes[j + 1] & q.left};
+        const int32_t right[2] = {codes[j] & q.right, codes[j + 1] & q.right};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint2    a = chunks[j].codes(i, at), b = chunks[j + 1].codes(i, at);
+            const uint32_t cells[4] = {a.x, a.y, b.x, b.y};
+            multiply_add(sums[i % 2], cells, i < 2 ? left : right);
+        }
+    }
+}
+
 // Products of 16 quads, or if not FULL of up to 8, n of which are there: the others count nothing. `quads` and `query`
 // are the lane's.
 template <int BITS, bool FULL>
@@ -105,17 +122,7 @@ __device__ void add_quads(const uint8_t * quads, int n, const int32_t * query, c
         chunks[j].load(there ? quads + j * 128 * BITS : quads - lane_offset<BITS>(at));
         codes[j] = there ? query[4 * j] : 0;
     }
-#pragma unroll
-    for (int j = 0; j < kLoads; j += 2) {
-        const int32_t left[2]  = {codes[j] & q.left, codes[j + 1] & q.left};
-        const int32_t right[2] = {codes[j] & q.right, codes[j + 1] & q.right};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint2    a = chunks[j].codes(i, at), b = chunks[j + 1].codes(i, at);
-            const uint32_t cells[4] = {a.x, a.y, b.x, b.y};
-            multiply_add(sums[i % 2], cells, i < 2 ? left : right);
-        }
-    }
+    multiply_chunks<BITS, kLoads>(chunks, codes, q, at, sums);
 }
 
 // sums[s]: the lane's cells first_cell + s, with both queries, and first_cell + 16 + s, likewise; slot: the segment's.
