@@ -10,7 +10,7 @@
 
 namespace fasa::gpu {
 
-constexpr int32_t kApiVersion = 2;
+constexpr int32_t kApiVersion = 3;
 
 struct Device;  // a CUDA device: its stream
 struct Capture; // a captured graph of kernels, ready to be launched

@@ -51,6 +51,19 @@ class Block {
         return (warp > 0 ? of_before : 0) + sum - x;
     }
 
+    // Sum over the warps before this one; x: of the warp, the same in all lanes.
+    __device__ int sum_of_warps_before(int x, int * total) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        turn_ ^= 1;
+        if (lane == 0) {
+            e_.sums[turn_][warp] = x;
+        }
+        __syncthreads();
+        const int before = warp_inclusive_sum(e_.sums[turn_][lane], lane);
+        *total           = __shfl_sync(~0u, before, 31);
+        return __shfl_sync(~0u, before, warp) - x;
+    }
+
     __device__ Census census(Census own) {
         reduce(&own);
         turn_ ^= 1;

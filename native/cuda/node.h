@@ -17,6 +17,7 @@ constexpr int32_t kMaxSlots  = 272; // of a layout: FASA_MAX_HEAD_DIM and paddin
 constexpr int32_t kSegments  = 4;   // 8, 4, 2 and 1 bits
 constexpr int32_t kMaxSplits = 64;  // of a query's selection
 constexpr int32_t kPeak      = 8;   // consecutive cells that share a peak (the CPU's peaks are strided)
+constexpr int32_t kAhead     = 3;   // matrices that llama.cpp multiplies by behind attention
 constexpr float   kNoFilter  = 3.402823466e38f;
 constexpr float   kForced    = 3.402823466e38f; // the score of cells that are always selected: no other reaches it
 
@@ -63,6 +64,12 @@ struct Window {
     int32_t first_end, last_begin;
 };
 
+// Memory that is read soon.
+struct Piece {
+    const uint8_t * data;
+    int64_t         bytes;
+};
+
 // Work space of one node at a time; a query is (stream, row, head), the head innermost.
 struct Scratch {
     int8_t *   codes;      // [kMaxSlots, n_query]
@@ -102,6 +109,7 @@ struct Node {
     int32_t  max_selected, n_split;
     Filter * filters; // [n_query] of the layer
     Scratch  scratch;
+    Piece    ahead[kAhead]; // what llama.cpp reads next: select calls it into the L2 cache; bytes 0: nothing
 };
 
 FASA_BOTH inline int64_t n_blocks(int64_t n_kv) { return (n_kv + FASA_BLOCK_CELLS - 1) / FASA_BLOCK_CELLS; }

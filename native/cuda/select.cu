@@ -9,7 +9,7 @@
 // best of them are the best of all if there are enough. Else all peaks are looked at. The result is the same.
 #include "kernels.cuh"
 #include "kth.cuh"
-#include "warp.cuh"
+#include "marks.cuh"
 
 namespace fasa::gpu {
 
@@ -191,58 +191,35 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
 
 // ---- from marked cells ---------------------------------------------------------------------------------------------
 
-// A thread's marks that are on their way together, a word of 32 cells each: all in a context of up to 131,072 cells. A
-// warp has words that follow each other, and its lanes take turns: marks lie close together.
-struct Marks {
-    static constexpr int kHere = 4;
-    const uint32_t *     words;
-    int                  first, end; // of the lane; those of the warp end at `end`
-    uint32_t             held[kHere];
-
-    __device__ Marks(const uint32_t * marks, int n_word) : words(marks) {
-        const int share = (n_word + kWarps - 1) / kWarps, warp = static_cast<int>(threadIdx.x) / 32;
-        first = warp * share + static_cast<int>(threadIdx.x) % 32;
-        end   = min(warp * share + share, n_word);
-#pragma unroll
-        for (int j = 0; j < kHere; ++j) {
-            held[j] = words[min(first + 32 * j, n_word - 1)];
+// Writes up to `limit` of the cells that a warp's lanes took in turns, as write_cells does. Both counts of the context
+// fit in half a word.
+template <int N>
+__device__ int write_listed(Block & block, const Registers<N> & values, float t, int limit, const int32_t * cells,
+                            int32_t * out) {
+    const uint32_t before_lane = (1u << threadIdx.x % 32) - 1;
+    int            own         = 0;
+    values.each(
+        [&](float x, int) { own += __popc(__ballot_sync(~0u, x > t)) << 16 | __popc(__ballot_sync(~0u, x == t)); });
+    int       total;
+    const int before  = block.sum_of_warps_before(own, &total);
+    const int n_above = total >> 16, n_equal = max(0, min(total & 0xffff, limit - n_above));
+    int       at = before >> 16, equals = before & 0xffff;
+    values.each([&](float x, int i) {
+        const uint32_t above = __ballot_sync(~0u, x > t), equal = __ballot_sync(~0u, x == t);
+        const int      of_equals = equals + __popc(equal & before_lane);
+        const int      place     = at + __popc(above & before_lane) + min(of_equals, n_equal);
+        const bool     tie       = x == t && of_equals < n_equal;
+        if ((x > t || tie) && place < limit) {
+            out[place] = cells[32 * i];
         }
-    }
-
-    // f(word, its number) for each turn of the lanes; a lane that has none gets 0.
-    template <typename F> __device__ void each(F && f) const {
-#pragma unroll
-        for (int j = 0; j < kHere; ++j) {
-            f(first + 32 * j < end ? held[j] : 0, first + 32 * j);
-        }
-        for (int i = first + 32 * kHere; __any_sync(~0u, i < end); i += 32) {
-            f(i < end ? words[i] : 0, i);
-        }
-    }
-};
-
-// Marked cells in order into sh.marked; their number, which is above kMarked when they do not fit.
-__device__ int list_marked(Selection & sh, Block & block, const Marks & marks) {
-    const int lane = threadIdx.x % 32;
-    int       own  = 0;
-    marks.each([&](uint32_t word, int) { own += __popc(word); });
-    int total;
-    int at = __shfl_sync(~0u, block.exclusive_sum(own, &total), 0); // of the warp
-    if (total <= kMarked) {
-        marks.each([&](uint32_t word, int number) {
-            const int after = at + warp_inclusive_sum(__popc(word), lane);
-            at              = __shfl_sync(~0u, after, 31);
-            for (int i = after - __popc(word); word != 0; word &= word - 1, ++i) {
-                sh.marked[i] = 32 * number + __ffs(static_cast<int>(word)) - 1;
-            }
-        });
-    }
-    __syncthreads();
-    return total;
+        at += __popc(above), equals += __popc(equal);
+    });
+    return min(limit, n_above + n_equal);
 }
 
-// The best of n listed cells, N of each thread. Bins are counted over a range of which their threshold should be a
-// quarter of the way up, so that no reduction has to find one.
+// The best of n listed cells. A warp has 32 N that follow each other, which its lanes take in turns: neighbours are
+// near in memory. Bins are counted over a range of which their threshold should be a quarter of the way up, so that no
+// reduction has to find one.
 template <int N>
 __device__ int select_listed(Selection & sh, Block & block, const float * scores, int n, const Filter & passed,
                              int budget, int32_t * out, float * threshold) {
@@ -250,16 +227,16 @@ __device__ int select_listed(Selection & sh, Block & block, const float * scores
     // first.
     const Range   r = {passed.mark, passed.mark + 4.0f * fmaxf(passed.level - passed.mark, 0.0f)};
     const Binning bin(r);
-    const int     first = static_cast<int>(threadIdx.x) * N;
+    const int     first = static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32;
     Registers<N>  own;
 #pragma unroll
     for (int i = 0; i < N; ++i) { // all on their way together
-        own.x[i] = scores[sh.marked[min(first + i, n - 1)]];
+        own.x[i] = scores[sh.marked[min(first + 32 * i, n - 1)]];
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        own.x[i] = first + i < n ? own.x[i] : -CUDART_INF_F;
-        if (first + i < n) {
+        own.x[i] = first + 32 * i < n ? own.x[i] : -CUDART_INF_F;
+        if (first + 32 * i < n) {
             atomicAdd(sh.bins + bin(own.x[i]), 1);
         }
     }
@@ -269,11 +246,12 @@ __device__ int select_listed(Selection & sh, Block & block, const float * scores
     const bool found = r.hi > r.lo && sh.bin < kBins - 1 && sh.count <= kList;
     __syncthreads();
     *threshold = found ? rank_bin(sh, own, bin, r, budget - sh.above) : kth_largest(sh, block, own, budget);
-    return write_cells<true>(sh, block, own, *threshold, budget, out, [&](int i) { return sh.marked[first + i]; });
+    return write_listed(block, own, *threshold, budget, sh.marked + first, out);
 }
 
-constexpr float kLogAim = 0.9163f; // of 2.5 budgets
-constexpr float kShare  = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
+constexpr int   kCallers = 64;      // thread blocks
+constexpr float kLogAim  = 0.9163f; // of 2.5 budgets
+constexpr float kShare   = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
 
 // How far below a threshold the next mark should be, in units of what n cells reached below it: their number falls
 // about exponentially along the tail.
@@ -300,10 +278,41 @@ __device__ float guess_floor(const Filter & passed, int n_marked, int budget) {
                                                       : -CUDART_INF_F;
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
+// ---- what comes behind attention -----------------------------------------------------------------------------------
+
+// Memory has next to nothing to do while cells are selected, by one thread block per query. Thread blocks behind these
+// call llama.cpp's next weights into the L2 cache, up to `left` bytes in all.
+__device__ void call_ahead(const Piece * pieces, int64_t left, int thread, int n_thread) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int64_t kChunk = 4096;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+        const int64_t bytes = min(left, pieces[i].bytes) / 16 * 16; // what the instruction takes
+        for (int64_t at = thread * kChunk; at < bytes; at += n_thread * kChunk) {
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pieces[i].data + at),
+                         "r"(static_cast<uint32_t>(min(kChunk, bytes - at)))
+                         : "memory");
+        }
+        left -= bytes;
+    }
+#endif
+}
+
+// ---- the kernel ----------------------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n_query, int64_t ahead_bytes) {
     extern __shared__ __align__(16) uint8_t raw[];
     Selection &                             sh    = *reinterpret_cast<Selection *>(raw);
     const int                               query = blockIdx.x;
+    wait_for_kernel_before();
+    let_kernel_behind_begin();
+    if (query >= n_query) {
+        if (threadIdx.x < 32) {
+            call_ahead(node.ahead, ahead_bytes, (query - n_query) * 32 + static_cast<int>(threadIdx.x),
+                       (static_cast<int>(gridDim.x) - n_query) * 32);
+        }
+        return;
+    }
     const int     n_cell = static_cast<int>(n_blocks(node.n_kv)) * FASA_BLOCK_CELLS, n_peak = n_cell / kPeak;
     const float * scores = node.scratch.scores + static_cast<int64_t>(query) * n_cell;
     const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
@@ -371,9 +380,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node) {
 } // namespace
 
 cudaError_t launch_select(const Node & node, cudaStream_t stream) {
-    const int n_query = node.n_head * node.n_rows * node.n_stream;
-    select_kernel<<<n_query, kThreads, sizeof(Selection), stream>>>(node);
-    return cudaGetLastError();
+    // Of more than a fifth of the cache, too much is gone again before it is read.
+    const int     n_query = node.n_head * node.n_rows * node.n_stream;
+    const int64_t bytes   = is_hopper_or_newer() ? device_attribute(cudaDevAttrL2CacheSize) / 5 : 0;
+    const int     callers = bytes > 0 && node.ahead[0].bytes > 0 ? kCallers : 0;
+    return launch_early(select_kernel, dim3(static_cast<unsigned>(n_query + callers)), kThreads, sizeof(Selection),
+                        stream, node, n_query, bytes);
 }
 
 cudaError_t prepare_select() {

@@ -10,16 +10,6 @@ namespace fasa::gpu {
 
 namespace {
 
-// Upstream refuses graphs with expert matrices in some shapes, because they wait for the device.
-bool may_capture(ggml_cgraph * graph) {
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        if (ggml_graph_node(graph, i)->op == GGML_OP_MUL_MAT_ID) {
-            return false;
-        }
-    }
-    return true;
-}
-
 Rows rows_of(const ggml_tensor * t) {
     return {static_cast<const uint8_t *>(t->data),    static_cast<int64_t>(t->nb[1]), static_cast<int64_t>(t->nb[2]),
             static_cast<int64_t>(t->view_src->nb[2]), static_cast<int32_t>(t->type),  static_cast<int32_t>(t->ne[0])};
@@ -65,7 +55,7 @@ ggml_status Decoder::compute(ggml_cgraph * graph, GraphCompute inner, const Sett
         return status;
     }
     const bool  verify = s.config.verify != 0;
-    const bool  again  = same_as_last(now) && !verify && may_capture(graph);
+    const bool  again  = same_as_last(now) && !verify && !now.has_experts;
     const bool  built  = is_built(now);
     ggml_status status = GGML_STATUS_FAILED;
     // A capture outlives a graph that only has to rebuild the index.
@@ -145,6 +135,9 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     for (const Cells & c : out->cells) {
         n_cells = std::max(n_cells, c.at + ggml_nelements(c.tensor));
     }
+    if (n_query * n_block * FASA_BLOCK_CELLS > UINT32_MAX) { // as score numbers them
+        throw std::bad_alloc();
+    }
     bool moved = totals_.reserve(stream_, 4);
     moved |= new_cells_.reserve(stream_, n_cells);
     moved |= codes_.reserve(stream_, n_query * kMaxSlots);
@@ -201,11 +194,12 @@ Node Decoder::arguments(const Work & w, const Graph & graph, const fasa_config &
     n.n_first      = config.sinks;
     n.n_last       = config.recent;
     n.max_selected = std::max(config.budget, config.min_ctx);
-    n.filters      = w.index->filters();
-    n.n_split      = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
-    n.scratch      = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
-                      peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
-                      parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
+    std::copy_n(w.ahead, kAhead, n.ahead);
+    n.filters = w.index->filters();
+    n.n_split = n_splits(config.budget, static_cast<int64_t>(n.n_head) * n.n_rows * n.n_stream);
+    n.scratch = {codes_.get(), levels_.get(),    norms_.get(),   thresholds_.get(), scores_.get(),
+                 peaks_.get(), n_visible_.get(), windows_.get(), selected_.get(),   n_selected_.get(),
+                 parts_.get(), arrived_.get(),   marks_.get(),   totals_.get()};
     return n;
 }
 

@@ -62,7 +62,8 @@ class Decoder {
         ggml_tensor * node;
         Plan          plan;
         DeviceIndex * index;
-        int32_t       cells; // which of cells_ the graph's SET_ROWS of this layer names; -1: unknown
+        int32_t       cells;         // which of cells_ the graph's SET_ROWS of this layer names; -1: unknown
+        Piece         ahead[kAhead]; // weights that the graph multiplies by behind it
         Node          args;
     };
     struct Cells { // an index tensor of SET_ROWS nodes
@@ -77,7 +78,8 @@ class Decoder {
         std::vector<Work>                       work;
         std::vector<int32_t>                    written; // layers whose K it writes without a replaced node
         std::vector<Cells>                      cells;
-        fasa_counters                           counts = {}; // of one run
+        bool          has_experts = false; // upstream does not capture some of these, which wait for the device
+        fasa_counters counts      = {};    // of one run
     };
 
     void        learn(ggml_cgraph * graph, const Settings & settings);

@@ -31,6 +31,22 @@ int end_of(ggml_cgraph * graph, const ggml_tensor * input, int at) {
     return input->op == GGML_OP_NONE ? 0 : i > 0 ? i : at;
 }
 
+// The weights that nodes behind `at` multiply by, in their order, as far as they lie whole in the device's own memory.
+void find_ahead(ggml_cgraph * graph, int at, ggml_backend_buffer_type_t own, Piece out[kAhead]) {
+    int n = 0;
+    for (int i = at + 1; i < ggml_graph_n_nodes(graph) && n < kAhead; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (node->op == GGML_OP_FLASH_ATTN_EXT || node->op == GGML_OP_MUL_MAT_ID) {
+            return;
+        }
+        const ggml_tensor * w = node->op == GGML_OP_MUL_MAT ? node->src[0] : nullptr;
+        if (w != nullptr && w->buffer != nullptr && ggml_backend_buffer_get_type(w->buffer) == own &&
+            ggml_backend_buffer_get_usage(w->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS && ggml_is_contiguous(w)) {
+            out[n++] = {static_cast<const uint8_t *>(w->data), static_cast<int64_t>(ggml_nbytes(w))};
+        }
+    }
+}
+
 } // namespace
 
 void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
@@ -42,6 +58,7 @@ void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
             continue;
         }
+        out->has_experts |= node->op == GGML_OP_MUL_MAT_ID;
         if (node->op == GGML_OP_FLASH_ATTN_EXT) {
             ++out->counts.nodes[prepare(graph, i, s, out)];
         } else if (node->view_src != nullptr) {
@@ -131,7 +148,8 @@ fasa_reason Decoder::prepare(ggml_cgraph * graph, int at, const Settings & s, Gr
     w.ready_at          = std::max(end_of(graph, node->src[0], at), end_of(graph, node->src[3], at));
     w.node              = node;
     w.index             = indexes_[layer].get();
-    w.cells             = cells != cells_of_layer_.end() ? cells->second : -1;
+    find_ahead(graph, at, ggml_backend_dev_buffer_type(ggml_backend_get_device(backend_)), w.ahead);
+    w.cells = cells != cells_of_layer_.end() ? cells->second : -1;
     out->written.erase(std::remove(out->written.begin(), out->written.end(), layer), out->written.end());
     out->counts.cells_indexed += w.cells >= 0 ? ggml_nelements(out->cells[w.cells].tensor) : 0;
     out->counts.bytes_scored += n_blocks(w.plan.k->ne[1]) * w.index->block_bytes() * node->src[0]->ne[3];

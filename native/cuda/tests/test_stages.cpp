@@ -242,6 +242,9 @@ TEST(stages_agree_with_the_reference) {
         CHECK_EQUAL(cuda_api()->score(device, &s.node), 0);
         check_scores(s);
         const std::vector<float> scores = s.scores.host;
+        // Memory that is called ahead changes nothing, whatever its size.
+        s.node.ahead[0] = {s.k.device.get(), static_cast<int64_t>(s.k.host.size()) - 3};
+        s.node.ahead[2] = {s.v.device.get(), static_cast<int64_t>(s.v.host.size())};
         CHECK_EQUAL(cuda_api()->select(device, &s.node), 0);
         check_selection(s, scores);
         CHECK_EQUAL(cuda_api()->attend(device, &s.node), 0);
