@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyfasa import benchmark, machine, tally
+from pyfasa import benchmark, machine, roofline, tally
 from pyfasa.llama import Llama
 from pyfasa.profile import Profile
 from pyfasa.synthetic import fill, read_state
@@ -125,8 +125,8 @@ def main() -> None:
             ]
         llm.close()
         llm = open_model(profile)
-    rows = []
     at = 0
+    header = True
     for depth in depths:
         start = time.perf_counter()
         if args.kv_on_host:
@@ -154,7 +154,10 @@ def main() -> None:
             for row in pair:
                 row["index_bits"] = bits if row["attention"] == "fasa" else None
                 row["median_ts"] = float(np.median(row["samples_ts"]))
-            rows += pair
+            # At once: a run that is cut short keeps what it has measured.
+            text = benchmark.to_csv(pair)
+            print(text if header else text.partition("\n")[2], flush=True)
+            header = False
             d, f = (row["median_ts"] for row in pair)
             print(
                 f"{args.kv} depth {depth} bits {bits}: dense {d:.1f} t/s, fasa {f:.1f} t/s, {f / d:.2f} x "
@@ -162,7 +165,14 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    print(benchmark.to_csv(rows))
+            if args.kv_on_host:
+                scored = sum(r.counters.bytes_scored for r in fasa)
+                print(
+                    f"score reads {scored / sum(r.timings.score for r in fasa):.0f} GB/s of index, "
+                    f"memory gives {roofline.read_bandwidth(llm.n_threads):.0f} GB/s to as many threads",
+                    file=sys.stderr,
+                    flush=True,
+                )
     llm.close()
 
 
