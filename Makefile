@@ -21,7 +21,7 @@ CUDA_ARCH ?= -DCMAKE_CUDA_ARCHITECTURES=80
 NATIVE  := CMakeLists.txt $(wildcard native/*.* native/cpu/*.* native/cuda/*.* native/gpu/*.* native/plugin/*.* native/tests/*.*)
 CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h native/cpu/*.inl native/tests/*.cpp native/tests/*.h \
 	native/plugin/*.cpp native/plugin/*.h native/windows/*.h native/fuzz/*.cpp native/fuzz/*.h native/gpu/*.cpp native/gpu/*.h native/cuda/*.cu native/cuda/*.cuh native/cuda/*.h \
-	native/cuda/tests/*.cpp native/cuda/tests/*.cu native/cuda/tests/*.h)
+	native/cuda/tests/*.cpp native/cuda/tests/*.cu native/cuda/tests/*.h native/cuda/tests/emulation/*.cpp native/cuda/tests/emulation/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
 .PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures wheel test-wheel clean

@@ -49,8 +49,6 @@ __device__ float block_sum(Shared & sh, float x) {
     return x;
 }
 
-__device__ void prefetch(const uint8_t * p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // weights[i] = dot of q with the tile's i-th K row. LANES lanes share a row; a warp has 32 / LANES rows at a time. Rows
 // of V are far apart as well: they are on their way to the L2 cache meanwhile. No load has a condition, so several are
 // under way at once.
@@ -84,7 +82,7 @@ __device__ void key_pass(Shared & sh, const Rows & k, const uint8_t * rows, cons
         }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-            prefetch(v_rows + sh.cells[t0 + j * kRows + threadIdx.x / LANES] * v.cell + called);
+            prefetch_l2(v_rows + sh.cells[t0 + j * kRows + threadIdx.x / LANES] * v.cell + called);
 #pragma unroll
             for (int i = LANES / 2; i > 0; i /= 2) {
                 dots[j] += __shfl_xor_sync(~0u, dots[j], i);
@@ -285,7 +283,7 @@ cudaError_t launch_attend(const Node & node, cudaStream_t stream) {
     const dim3 grid(node.n_split, node.n_head_kv, node.group * node.n_rows * node.n_stream);
     const int  dim    = node.k.dim > node.v.dim ? node.k.dim : node.v.dim;
     const auto kernel = dim <= 64 ? attend_kernel<4> : dim <= 128 ? attend_kernel<8> : attend_kernel<16>;
-    return launch_early(kernel, grid, kThreads, 0, stream, node);
+    return launch(kernel, grid, kThreads, 0, stream, true, node);
 }
 
 } // namespace fasa::gpu

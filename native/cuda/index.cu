@@ -171,11 +171,11 @@ __device__ void write_cell(const HeadLayout & l, const float * key, uint32_t * b
 // Grid: block of cells, KV head, stream. The block is put together in shared memory.
 __global__ void __launch_bounds__(kWarps * kWarp)
     rebuild_kernel(const Node node, int64_t first_block, int64_t * n_different) {
-    extern __shared__ uint32_t block[];
-    __shared__ float           keys[kWarps][FASA_MAX_HEAD_DIM];
-    const int                  warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const HeadLayout &         l       = node.index.heads[blockIdx.y];
-    const int                  n_words = l.block_bytes / 4;
+    auto * const       block = dynamic_shared<uint32_t>();
+    __shared__ float   keys[kWarps][FASA_MAX_HEAD_DIM];
+    const int          warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const HeadLayout & l       = node.index.heads[blockIdx.y];
+    const int          n_words = l.block_bytes / 4;
     for (int i = threadIdx.x; i < n_words; i += blockDim.x) {
         block[i] = 0;
     }
@@ -320,7 +320,7 @@ __device__ void encode_cell(const Node & node, int task, float * key, int lane) 
 // The layout is needed last, and in pieces that depend on each other: all of it is called for at once.
 __device__ void prefetch_layout(const HeadLayout & l, int lane) {
     for (int at = lane * 128; at < static_cast<int>(sizeof(HeadLayout)); at += kWarp * 128) {
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(reinterpret_cast<const uint8_t *>(&l) + at));
+        prefetch_l1(reinterpret_cast<const uint8_t *>(&l) + at);
     }
 }
 
@@ -357,22 +357,18 @@ __global__ void __launch_bounds__(kWarps * kWarp) encode_kernel(const Node node)
 cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different,
                            cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(n_blocks(node.n_kv) - first_block), node.n_head_kv, node.n_stream);
-    rebuild_kernel<<<grid, kWarps * kWarp, max_block_bytes, stream>>>(node, first_block, n_different);
-    return cudaGetLastError();
+    return launch(rebuild_kernel, grid, kWarps * kWarp, max_block_bytes, stream, false, node, first_block, n_different);
 }
 
 cudaError_t launch_prepare(const Node & node, cudaStream_t stream) {
     const dim3 grid(node.n_head_kv + 2, node.group * node.n_rows * node.n_stream);
-    prepare_kernel<<<grid, kWarp, 0, stream>>>(node);
-    return cudaGetLastError();
+    return launch(prepare_kernel, grid, kWarp, 0, stream, false, node);
 }
 
 cudaError_t launch_encode(const Node & node, cudaStream_t stream) {
     const int n_task = node.n_new * node.n_head_kv;
-    if (n_task > 0) {
-        encode_kernel<<<(n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream>>>(node);
-    }
-    return cudaGetLastError();
+    return n_task > 0 ? launch(encode_kernel, (n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream, false, node)
+                      : cudaSuccess;
 }
 
 } // namespace fasa::gpu

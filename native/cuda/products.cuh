@@ -8,6 +8,7 @@
 // on, and four 16 further. One load of 16 bytes has them for a quad, in all widths of the index.
 #pragma once
 
+#include "ptx.cuh"
 #include "rows.cuh"
 
 namespace fasa::gpu {
@@ -73,23 +74,6 @@ template <int BITS> struct Chunk {
         }
     }
 };
-
-// c += a * b of 16 cells and 32 dims: codes of the index are unsigned, those of queries signed.
-__device__ inline void multiply_add(int32_t c[4], const uint32_t a[4], const int32_t b[2]) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-#pragma unroll
-    for (int i = 0; i < 4; ++i) { // a quarter of it each, laid out alike
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+r"(c[i % 2 * 2]), "+r"(c[i % 2 * 2 + 1])
-            : "r"(a[i]), "r"(b[i / 2]));
-    }
-#endif
-}
 
 // Products of 4 LOADS quads: the lane's codes of the index and of its query, of every fourth quad.
 template <int BITS, int LOADS>

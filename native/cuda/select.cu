@@ -89,8 +89,7 @@ __device__ int gather(Selection & sh, Block & block, const float * scores, int n
 // Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
 // the thread's value i. FEW: at most kMarked values.
 template <bool FEW, typename Values, typename Cell>
-__device__ int write_cells(Selection & sh, Block & block, const Values & values, float t, int limit, int32_t * out,
-                           Cell && cell) {
+__device__ int write_cells(Block & block, const Values & values, float t, int limit, int32_t * out, Cell && cell) {
     int above = 0, equal = 0;
     values.each([&](float x, int) {
         above += x > t ? 1 : 0;
@@ -118,11 +117,10 @@ __device__ int write_cells(Selection & sh, Block & block, const Values & values,
 }
 
 // The same for all cells of a context, whose scores are in memory.
-__device__ int write_from_memory(Selection & sh, Block & block, const float * scores, int n, float t, int limit,
-                                 int32_t * out) {
+__device__ int write_from_memory(Block & block, const float * scores, int n, float t, int limit, int32_t * out) {
     const InMemory own   = part_of(scores, n);
     const int      first = static_cast<int>(own.x - scores);
-    return write_cells<false>(sh, block, own, t, limit, out, [&](int i) { return first + i; });
+    return write_cells<false>(block, own, t, limit, out, [&](int i) { return first + i; });
 }
 
 // Candidates in registers, when there are few per thread.
@@ -136,7 +134,7 @@ __device__ int finish(Selection & sh, Block & block, int n, int budget, float fl
     }
     const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
     *threshold    = t;
-    return write_cells<true>(sh, block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
+    return write_cells<true>(block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
 
 __device__ int finish(Selection & sh, Block & block, int n, int budget, float floor, int32_t * out, float * threshold) {
@@ -171,7 +169,7 @@ __device__ int select_from(Selection & sh, Block & block, const Values & peaks, 
     if (threadIdx.x == 0) {
         sh.floor = floor, sh.least = t, sh.reached = n;
     }
-    return n_selected >= 0 ? n_selected : write_from_memory(sh, block, scores, n_peak * kPeak, t, budget, out);
+    return n_selected >= 0 ? n_selected : write_from_memory(block, scores, n_peak * kPeak, t, budget, out);
 }
 
 // N peaks of each thread in registers, four at a time from memory.
@@ -283,27 +281,22 @@ __device__ float guess_floor(const Filter & passed, int n_marked, int budget) {
 // Memory has next to nothing to do while cells are selected, by one thread block per query. Thread blocks behind these
 // call llama.cpp's next weights into the L2 cache, up to `left` bytes in all.
 __device__ void call_ahead(const Piece * pieces, int64_t left, int thread, int n_thread) {
-#if __CUDA_ARCH__ >= 900
     constexpr int64_t kChunk = 4096;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-        const int64_t bytes = min(left, pieces[i].bytes) / 16 * 16; // what the instruction takes
+        const int64_t bytes = min(left, pieces[i].bytes) / 16 * 16;
         for (int64_t at = thread * kChunk; at < bytes; at += n_thread * kChunk) {
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pieces[i].data + at),
-                         "r"(static_cast<uint32_t>(min(kChunk, bytes - at)))
-                         : "memory");
+            prefetch_l2(pieces[i].data + at, static_cast<uint32_t>(min(kChunk, bytes - at)));
         }
         left -= bytes;
     }
-#endif
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n_query, int64_t ahead_bytes) {
-    extern __shared__ __align__(16) uint8_t raw[];
-    Selection &                             sh    = *reinterpret_cast<Selection *>(raw);
-    const int                               query = blockIdx.x;
+    Selection & sh    = *dynamic_shared<Selection>();
+    const int   query = blockIdx.x;
     wait_for_kernel_before();
     let_kernel_behind_begin();
     if (query >= n_query) {
@@ -332,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
-        n = write_from_memory(sh, block, scores, n_cell, -FLT_MAX, node.max_selected, out);
+        n = write_from_memory(block, scores, n_cell, -FLT_MAX, node.max_selected, out);
     } else if (passed.mark < kNoFilter) {
         const int n_marked = list_marked(sh, block, marks);
         if (n_marked >= node.budget && n_marked <= kMarked) {
@@ -384,8 +377,8 @@ cudaError_t launch_select(const Node & node, cudaStream_t stream) {
     const int     n_query = node.n_head * node.n_rows * node.n_stream;
     const int64_t bytes   = is_hopper_or_newer() ? device_attribute(cudaDevAttrL2CacheSize) / 5 : 0;
     const int     callers = bytes > 0 && node.ahead[0].bytes > 0 ? kCallers : 0;
-    return launch_early(select_kernel, dim3(static_cast<unsigned>(n_query + callers)), kThreads, sizeof(Selection),
-                        stream, node, n_query, bytes);
+    return launch(select_kernel, dim3(static_cast<unsigned>(n_query + callers)), kThreads, sizeof(Selection), stream,
+                  true, node, n_query, bytes);
 }
 
 cudaError_t prepare_select() {
