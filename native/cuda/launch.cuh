@@ -29,7 +29,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     config.stream                                        = stream;
     config.attrs                                         = &attribute;
     config.numAttrs                                      = early && is_hopper_or_newer() ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
+    const cudaError_t error                              = cudaLaunchKernelEx(&config, kernel, arguments...);
+    if (error != cudaSuccess) {
+        cudaGetLastError(); // else llama.cpp finds it behind its own next launch, and ends the process
+    }
+    return error;
 }
 
 } // namespace fasa::gpu
