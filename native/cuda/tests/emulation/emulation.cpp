@@ -27,17 +27,29 @@ struct Warp {
     int          arrived = 0, turn = 0;
 };
 
+// Where to go on. The compiler's own jumps leave alone what swapcontext changes at each turn: signals, and with ASan
+// the shadow of a whole stack.
+struct Place {
+    void * at[5];
+};
+
+// ASan would clean the stack before each jump, as if nobody came back.
+#define FASA_JUMPS [[gnu::noinline, gnu::no_sanitize_address]]
+
+FASA_JUMPS void go_on_at(Place & place) { __builtin_longjmp(place.at, 1); }
+
 struct Thread {
-    ucontext_t                 context;
+    ucontext_t                 context; // how it begins
+    Place                      place;
     std::unique_ptr<uint8_t[]> stack;
-    bool                       ready = false, done = true;
+    bool                       ready = false, done = true, begun = false;
 };
 
 struct Machine {
     std::vector<Thread>           threads;
     std::vector<Warp>             warps;
     std::vector<uint8_t>          memory;
-    ucontext_t                    scheduler;
+    Place                         scheduler;
     const std::function<void()> * kernel  = nullptr;
     int                           current = 0, at_barrier = 0, alive = 0;
     std::string                   error;
@@ -49,15 +61,32 @@ Machine & machine() {
     return m;
 }
 
-void enter() {
+FASA_JUMPS void enter() {
     (*machine().kernel)();
     machine().threads[machine().current].done = true;
+    go_on_at(machine().scheduler);
 }
 
-void yield() {
-    Machine & m                = machine();
-    m.threads[m.current].ready = false;
-    swapcontext(&m.threads[m.current].context, &m.scheduler);
+FASA_JUMPS void yield() {
+    Machine & m = machine();
+    Thread &  t = m.threads[m.current];
+    t.ready     = false;
+    if (__builtin_setjmp(t.place.at) == 0) {
+        go_on_at(m.scheduler);
+    }
+}
+
+// Until the current thread waits or ends.
+FASA_JUMPS void resume() {
+    Machine & m = machine();
+    Thread &  t = m.threads[m.current];
+    if (__builtin_setjmp(m.scheduler.at) == 0) {
+        if (t.begun) {
+            go_on_at(t.place);
+        }
+        t.begun = true;
+        setcontext(&t.context);
+    }
 }
 
 void release_barrier() {
@@ -66,6 +95,15 @@ void release_barrier() {
     for (Thread & t : m.threads) {
         t.ready = true;
     }
+}
+
+void begin(Thread & t) {
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp   = t.stack.get();
+    t.context.uc_stack.ss_size = kStackBytes;
+    t.context.uc_link          = nullptr; // it jumps
+    t.ready = true, t.done = false, t.begun = false;
+    makecontext(&t.context, enter, 0);
 }
 
 // Threads of a block in an order of their own, each until it waits.
@@ -79,13 +117,7 @@ void run_block(int n) {
     m.at_barrier = 0;
     m.alive      = n;
     for (int i = 0; i < n; ++i) {
-        Thread & t = m.threads[i];
-        getcontext(&t.context);
-        t.context.uc_stack.ss_sp   = t.stack.get();
-        t.context.uc_stack.ss_size = kStackBytes;
-        t.context.uc_link          = &m.scheduler;
-        t.ready = true, t.done = false;
-        makecontext(&t.context, enter, 0);
+        begin(m.threads[i]);
     }
     while (m.alive > 0) {
         bool moved = false;
@@ -97,7 +129,7 @@ void run_block(int n) {
             moved     = true;
             m.current = i;
             threadIdx = dim3(static_cast<unsigned>(i), 0, 0);
-            swapcontext(&m.scheduler, &t.context);
+            resume();
             if (t.done && --m.alive > 0 && m.at_barrier == m.alive) {
                 release_barrier();
             }
