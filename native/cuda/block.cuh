@@ -39,29 +39,22 @@ class Block {
 
     // Sum over the threads before this one; *total: over all.
     __device__ int exclusive_sum(int x, int * total) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = warp_inclusive_sum(x, lane);
+        const int lane = threadIdx.x % 32, sum = warp_inclusive_sum(x, lane);
+        return sum_of_warps_before(lane == 31, sum, total) + sum - x;
+    }
+
+    // Sum over the warps before this one; x: of the warp, in the lane that gives it.
+    __device__ int sum_of_warps_before(bool gives, int x, int * total) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         turn_ ^= 1;
-        if (lane == 31) {
-            e_.sums[turn_][warp] = sum;
+        if (gives) {
+            e_.sums[turn_][warp] = x;
         }
         __syncthreads();
         const int before    = warp_inclusive_sum(e_.sums[turn_][lane], lane);
         *total              = __shfl_sync(~0u, before, 31);
         const int of_before = __shfl_sync(~0u, before, warp > 0 ? warp - 1 : 0);
-        return (warp > 0 ? of_before : 0) + sum - x;
-    }
-
-    // Sum over the warps before this one; x: of the warp, the same in all lanes.
-    __device__ int sum_of_warps_before(int x, int * total) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        turn_ ^= 1;
-        if (lane == 0) {
-            e_.sums[turn_][warp] = x;
-        }
-        __syncthreads();
-        const int before = warp_inclusive_sum(e_.sums[turn_][lane], lane);
-        *total           = __shfl_sync(~0u, before, 31);
-        return __shfl_sync(~0u, before, warp) - x;
+        return warp > 0 ? of_before : 0;
     }
 
     __device__ Census census(Census own) {

@@ -298,6 +298,22 @@ __device__ void score_plain(const Node & node, const Task & task, const HeadLayo
     }
 }
 
+template <int BITS, bool ALONE>
+__device__ void score_task(const Node & node, const Task & task, const HeadLayout & l, const uint8_t * blocks,
+                           const Lane & at, int * n_seen) {
+    if constexpr (ALONE && BITS != 0) {
+        if (l.segments[0].n_quad == 16) {
+            score_plain<BITS, 4>(node, task, l, blocks, at, n_seen);
+            return;
+        }
+        if (l.segments[0].n_quad == 8) {
+            score_plain<BITS, 2>(node, task, l, blocks, at, n_seen);
+            return;
+        }
+    }
+    score_blocks<BITS, ALONE>(node, task, l, blocks, at, n_seen);
+}
+
 // Grid: x strides over the blocks of cells, a warp each at a time; KV head; stream. BITS: of all heads' only segment,
 // or 0. ALONE: one pass is all.
 template <int BITS, bool ALONE>
@@ -324,13 +340,7 @@ __global__ void __launch_bounds__(kThreads, at_once(BITS)) score_kernel(const No
     }
     wait_for_kernel_before();
     let_kernel_behind_begin();
-    if (ALONE && BITS != 0 && l.segments[0].n_quad == 16) {
-        score_plain<BITS != 0 ? BITS : 4, 4>(node, task, l, blocks, at, n_seen);
-    } else if (ALONE && BITS != 0 && l.segments[0].n_quad == 8) {
-        score_plain<BITS != 0 ? BITS : 4, 2>(node, task, l, blocks, at, n_seen);
-    } else {
-        score_blocks<BITS, ALONE>(node, task, l, blocks, at, n_seen);
-    }
+    score_task<BITS, ALONE>(node, task, l, blocks, at, n_seen);
     if (task.head_kv == 0) {
         __syncthreads();
         if (threadIdx.x < node.n_rows && n_seen[threadIdx.x] > 0) {

@@ -87,7 +87,7 @@ __device__ int gather(Selection & sh, Block & block, const float * scores, int n
 }
 
 // Writes up to `limit` cells in order: those whose value is above t, and the first ones that equal it. cell(i): that of
-// the thread's value i. FEW: at most kMarked values.
+// the thread's value i. FEW: at most kHeld values.
 template <bool FEW, typename Values, typename Cell>
 __device__ int write_cells(Block & block, const Values & values, float t, int limit, int32_t * out, Cell && cell) {
     int above = 0, equal = 0;
@@ -199,7 +199,7 @@ __device__ int write_listed(Block & block, const Registers<N> & values, float t,
     values.each(
         [&](float x, int) { own += __popc(__ballot_sync(~0u, x > t)) << 16 | __popc(__ballot_sync(~0u, x == t)); });
     int       total;
-    const int before  = block.sum_of_warps_before(own, &total);
+    const int before  = block.sum_of_warps_before(threadIdx.x % 32 == 0, own, &total);
     const int n_above = total >> 16, n_equal = max(0, min(total & 0xffff, limit - n_above));
     int       at = before >> 16, equals = before & 0xffff;
     values.each([&](float x, int i) {
