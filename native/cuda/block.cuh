@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace fasa::gpu {
@@ -85,6 +86,28 @@ class Block {
 
     Exchange & e_;
     int        turn_ = 0;
+};
+
+// The thread blocks of a cluster, which work on the same query (from sm_90 on; else one).
+template <int BLOCKS> class Cluster {
+  public:
+    __device__     Cluster() : rank_(BLOCKS > 1 ? cluster_rank() : 0) {}
+    __device__ int rank() const { return rank_; }
+
+    // What another block has in its shared memory at p of this one's.
+    template <typename T> __device__ T * of(T * p, int rank) const { return BLOCKS > 1 ? in_block(p, rank) : p; }
+
+    // All threads of all blocks.
+    __device__ void sync() const {
+        if constexpr (BLOCKS > 1) {
+            cluster_sync();
+        } else {
+            __syncthreads();
+        }
+    }
+
+  private:
+    int rank_;
 };
 
 } // namespace fasa::gpu

@@ -13,17 +13,24 @@
 namespace fasa::gpu {
 
 constexpr int kBins   = 2048;
-constexpr int kList   = 1024;      // values of the last bin that are ranked one against another
+constexpr int kList   = 512;       // values of the last bin that are ranked one against another
 constexpr int kHeld   = 6144;      // candidates in shared memory; with the rest it fits the 64 KiB of sm_75
 constexpr int kMarked = 2 * kHeld; // cells, without their values
 constexpr int kPerRun = 16;        // peaks of a thread in registers: contexts up to 131,072 cells
 
+struct Counts { // cells above a threshold, or in bins above its own, and such as equal it
+    int32_t above, equal;
+};
+
+struct Listed {
+    float   x;
+    int32_t rank; // of its block
+};
+
 struct alignas(16) Selection { // a thread block's shared memory
     Exchange exchange;
-    union {
-        int32_t bins[kBins];
-        float   list[kList];
-    };
+    int32_t  bins[kBins];
+    Listed   list[kList];
     union {
         struct {
             union {
@@ -34,11 +41,16 @@ struct alignas(16) Selection { // a thread block's shared memory
         };
         int32_t marked[kMarked];
     };
-    int32_t bin, above, count, total;
+    int32_t bin, count, n_listed;
+    Counts  all, before; // before: of the thread blocks before this one
     float   result;
+    int32_t n_marked;     // of this block
     float   floor, least; // of a selection from peaks: what its candidates reached, and its least value
     int32_t reached;      // how many candidates
 };
+
+static_assert(sizeof(Selection) <= 64 * 1024, "what a thread block of sm_75 may have");
+static_assert(kMarked < 0x8000, "counts of a block in half a word");
 
 // ---- values to choose from: consecutive ones per thread, so that a sum over threads gives their order --------------
 
@@ -88,55 +100,78 @@ struct Binning {
     }
 };
 
-// The bin in which the k-th largest value lies: sh.bin; sh.above values are in higher bins, sh.count in this one.
-__device__ inline void find_bin(Selection & sh, Block & block, int k) {
-    // Thread t has the bins 2047 - 2t and 2046 - 2t: sums run from the highest bin down.
+// The bin in which the k-th largest value of all blocks lies, sh.bin, which has sh.count of them; sh.all.above: how
+// many are in higher bins, sh.before.above: of blocks before this one.
+template <int BLOCKS> __device__ void find_bin(Selection & sh, Block & block, const Cluster<BLOCKS> & cluster, int k) {
+    // Thread t has the bins 2047 - 2t and 2046 - 2t: sums run from the highest bin down. Those of blocks before this
+    // one are in the upper half of a word.
     const int high = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
-    const int a = sh.bins[high], b = sh.bins[high - 1];
-    int       total;
-    const int before = block.exclusive_sum(a + b, &total);
-    if (before < k && before + a >= k) {
-        sh.bin = high, sh.above = before, sh.count = a;
-    } else if (before + a < k && before + a + b >= k) {
-        sh.bin = high - 1, sh.above = before + a, sh.count = b;
+    int       a = 0, b = 0, total;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i) {
+        const int2 x    = *reinterpret_cast<const int2 *>(cluster.of(sh.bins + high - 1, i));
+        const int  unit = i < cluster.rank() ? 0x10001 : 1;
+        a += unit * x.y, b += unit * x.x;
     }
-    sh.total = 0;
+    const int  before = block.exclusive_sum(a + b, &total), between = before + a, after = between + b;
+    const auto all       = [](int sum) { return BLOCKS > 1 ? sum & 0xffff : sum; };
+    const auto of_before = [](int sum) { return BLOCKS > 1 ? sum >> 16 : 0; };
+    if (all(before) < k && all(between) >= k) {
+        sh.bin = high, sh.count = all(a), sh.all.above = all(before), sh.before.above = of_before(before);
+    } else if (all(between) < k && all(after) >= k) {
+        sh.bin = high - 1, sh.count = all(b), sh.all.above = all(between), sh.before.above = of_before(between);
+    }
     __syncthreads();
 }
 
-// The k-th largest of the values of one bin, at most kList: each thread ranks one. r: what was counted.
-template <typename Values>
-__device__ float rank_bin(Selection & sh, const Values & values, const Binning & bin, const Range & r, int k) {
-    const int at = sh.bin, count = sh.count;
+// The k-th largest of the values of that bin, at most kList: sh.result. Each thread ranks one. sh.all and sh.before
+// count from it then. r: what was counted.
+template <typename Values, int BLOCKS>
+__device__ void rank_bin(Selection & sh, const Cluster<BLOCKS> & cluster, const Values & values, const Binning & bin,
+                         const Range & r, int k) {
+    const int at = sh.bin, count = sh.count, above = sh.all.above, of_before = sh.before.above;
     values.each([&](float x, int) {
         if (x >= r.lo && x <= r.hi && bin(x) == at) {
-            sh.list[atomicAdd(&sh.total, 1)] = x; // in the place of bins, which were read before the last barrier
+#pragma unroll
+            for (int i = 0; i < BLOCKS; ++i) { // each block has the list
+                const int place                 = atomicAdd(cluster.of(&sh.n_listed, i), 1);
+                *cluster.of(sh.list + place, i) = {x, cluster.rank()};
+            }
         }
     });
-    __syncthreads();
+    cluster.sync();
     if (static_cast<int>(threadIdx.x) < count) {
-        const float x       = sh.list[threadIdx.x];
-        int         greater = 0, equal = 0;
+        const float x   = sh.list[threadIdx.x].x;
+        Counts      all = {0, 0}, before = {0, 0};
         for (int i = 0; i < count; ++i) {
-            greater += sh.list[i] > x ? 1 : 0;
-            equal += sh.list[i] == x ? 1 : 0;
+            const Listed listed = sh.list[i];
+            const Counts counts = {listed.x > x ? 1 : 0, listed.x == x ? 1 : 0};
+            all.above += counts.above, all.equal += counts.equal;
+            if (listed.rank < cluster.rank()) {
+                before.above += counts.above, before.equal += counts.equal;
+            }
         }
-        if (greater < k && greater + equal >= k) { // equal values write the same
+        if (all.above < k && all.above + all.equal >= k) { // equal values write the same
             sh.result = x;
+            sh.all    = {above + all.above, all.equal};
+            sh.before = {of_before + before.above, before.equal};
         }
     }
     __syncthreads();
-    return sh.result;
 }
 
+// Before a find_bin and the rank_bin behind it, and a barrier before the counting.
 __device__ inline void clear_bins(Selection & sh) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) {
         sh.bins[i] = 0;
     }
+    if (threadIdx.x == 0) {
+        sh.n_listed = 0;
+    }
 }
 
 // The k-th largest value, or -FLT_MAX when fewer than k are visible.
-template <typename Values> __device__ float kth_largest(Selection & sh, Block & block, const Values & values, int k) {
+template <typename Values> __device__ float find_kth(Selection & sh, Block & block, const Values & values, int k) {
     // Forced cells are counted apart: they would stretch the range of all others.
     Census own = kNobody;
     values.each([&](float x, int) {
@@ -162,10 +197,11 @@ template <typename Values> __device__ float kth_largest(Selection & sh, Block & 
             }
         });
         __syncthreads();
-        find_bin(sh, block, k);
-        k -= sh.above;
+        find_bin(sh, block, Cluster<1>(), k);
+        k -= sh.all.above;
         if (sh.count <= kList) {
-            return rank_bin(sh, values, bin, r, k);
+            rank_bin(sh, Cluster<1>(), values, bin, r, k);
+            return sh.result;
         }
         // Many values in one bin: its own range is binned next. lo and hi fall into different bins, so this ends.
         const int at    = sh.bin;
@@ -178,6 +214,15 @@ template <typename Values> __device__ float kth_largest(Selection & sh, Block & 
         r = block.census(inner).range;
     }
     return r.lo;
+}
+
+// The same as a function of its own, between two barriers: kernels seldom come here, and are faster without its code.
+template <typename Values> __device__ __noinline__ float kth_largest(Selection & sh, Values values, int k) {
+    Block block(sh.exchange);
+    __syncthreads();
+    const float x = find_kth(sh, block, values, k);
+    __syncthreads();
+    return x;
 }
 
 } // namespace fasa::gpu

@@ -29,6 +29,31 @@ __device__ inline void let_kernel_behind_begin() {
 #endif
 }
 
+__device__ inline int cluster_rank() {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+#endif
+    return static_cast<int>(rank);
+}
+
+// All threads of a cluster's blocks; what they wrote to shared memory before may be read after, by all of them.
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has in its shared memory where this one has p.
+template <typename T> __device__ T * in_block(T * p, int rank) {
+    T * there = p;
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+#endif
+    return there;
+}
+
 __device__ inline void prefetch_l1(const void * p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
 __device__ inline void prefetch_l2(const void * p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -132,7 +132,7 @@ __device__ int finish(Selection & sh, Block & block, int n, int budget, float fl
     for (int i = 0; i < N; ++i) {
         own.x[i] = first + i < n ? sh.values[first + i] : -CUDART_INF_F;
     }
-    const float t = n > budget ? kth_largest(sh, block, own, budget) : floor;
+    const float t = n > budget ? kth_largest(sh, own, budget) : floor;
     *threshold    = t;
     return write_cells<true>(block, own, t, budget, out, [&](int i) { return sh.cells[first + i]; });
 }
@@ -156,7 +156,7 @@ __device__ int select_from(Selection & sh, Block & block, const Values & peaks, 
     float floor = guess;
     int   n     = floor > -FLT_MAX ? list_candidates(sh, block, peaks, first, scores, floor) : 0;
     if (n < budget || n > kHeld) {
-        floor = budget < n_peak ? kth_largest(sh, block, peaks, budget) : -FLT_MAX;
+        floor = budget < n_peak ? kth_largest(sh, peaks, budget) : -FLT_MAX;
         n     = list_candidates(sh, block, peaks, first, scores, floor);
     }
     float t;
@@ -164,7 +164,7 @@ __device__ int select_from(Selection & sh, Block & block, const Values & peaks, 
     if (n <= kHeld) {
         n_selected = finish(sh, block, n, budget, floor, out, &t);
     } else {
-        t = kth_largest(sh, block, part_of(scores, n_peak * kPeak), budget);
+        t = kth_largest(sh, part_of(scores, n_peak * kPeak), budget);
     }
     if (threadIdx.x == 0) {
         sh.floor = floor, sh.least = t, sh.reached = n;
@@ -187,74 +187,36 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
     return select_from(sh, block, own, first, n_peak, scores, budget, guess, out);
 }
 
-// ---- from marked cells ---------------------------------------------------------------------------------------------
-
-// Writes up to `limit` of the cells that a warp's lanes took in turns, as write_cells does. Both counts of the context
-// fit in half a word.
-template <int N>
-__device__ int write_listed(Block & block, const Registers<N> & values, float t, int limit, const int32_t * cells,
-                            int32_t * out) {
-    const uint32_t before_lane = (1u << threadIdx.x % 32) - 1;
-    int            own         = 0;
-    values.each(
-        [&](float x, int) { own += __popc(__ballot_sync(~0u, x > t)) << 16 | __popc(__ballot_sync(~0u, x == t)); });
-    int       total;
-    const int before  = block.sum_of_warps_before(threadIdx.x % 32 == 0, own, &total);
-    const int n_above = total >> 16, n_equal = max(0, min(total & 0xffff, limit - n_above));
-    int       at = before >> 16, equals = before & 0xffff;
-    values.each([&](float x, int i) {
-        const uint32_t above = __ballot_sync(~0u, x > t), equal = __ballot_sync(~0u, x == t);
-        const int      of_equals = equals + __popc(equal & before_lane);
-        const int      place     = at + __popc(above & before_lane) + min(of_equals, n_equal);
-        const bool     tie       = x == t && of_equals < n_equal;
-        if ((x > t || tie) && place < limit) {
-            out[place] = cells[32 * i];
-        }
-        at += __popc(above), equals += __popc(equal);
-    });
-    return min(limit, n_above + n_equal);
+// All of that for one query; a function of its own, like kth_largest.
+__device__ __noinline__ int select_from_peaks(Selection & sh, const float * peaks, int n_peak, const float * scores,
+                                              int budget, float guess, int32_t * out) {
+    Block block(sh.exchange);
+    if (n_peak <= 4 * kThreads) {
+        return select_in_registers<4>(sh, block, peaks, n_peak, scores, budget, guess, out);
+    }
+    if (n_peak <= kPerRun * kThreads) {
+        return select_in_registers<kPerRun>(sh, block, peaks, n_peak, scores, budget, guess, out);
+    }
+    const InMemory own = part_of(peaks, n_peak);
+    return select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, budget, guess, out);
 }
 
-// The best of n listed cells. A warp has 32 N that follow each other, which its lanes take in turns: neighbours are
-// near in memory. Bins are counted over a range of which their threshold should be a quarter of the way up, so that no
-// reduction has to find one.
-template <int N>
-__device__ int select_listed(Selection & sh, Block & block, const float * scores, int n, const Filter & passed,
-                             int budget, int32_t * out, float * threshold) {
-    // Rounding of the two means may put the level an ulp below the mark; a range that falls would have bins before the
-    // first.
-    const Range   r = {passed.mark, passed.mark + 4.0f * fmaxf(passed.level - passed.mark, 0.0f)};
-    const Binning bin(r);
-    const int     first = static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32;
-    Registers<N>  own;
-#pragma unroll
-    for (int i = 0; i < N; ++i) { // all on their way together
-        own.x[i] = scores[sh.marked[min(first + 32 * i, n - 1)]];
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        own.x[i] = first + 32 * i < n ? own.x[i] : -CUDART_INF_F;
-        if (first + 32 * i < n) {
-            atomicAdd(sh.bins + bin(own.x[i]), 1);
-        }
-    }
-    __syncthreads();
-    find_bin(sh, block, budget);
-    // The last bin has all that lies above.
-    const bool found = r.hi > r.lo && sh.bin < kBins - 1 && sh.count <= kList;
-    __syncthreads();
-    *threshold = found ? rank_bin(sh, own, bin, r, budget - sh.above) : kth_largest(sh, block, own, budget);
-    return write_listed(block, own, *threshold, budget, sh.marked + first, out);
-}
+// ---- filters -------------------------------------------------------------------------------------------------------
 
-constexpr int   kCallers = 64;      // thread blocks
-constexpr float kLogAim  = 0.9163f; // of 2.5 budgets
-constexpr float kShare   = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
+// In a long context there is more to list, and how many cells are marked varies more from token to token: two thread
+// blocks have room for twice as many.
+constexpr int kBoth       = 2;
+constexpr int kCallers    = 64; // thread blocks behind them, or half as many
+constexpr int kFewQueries = 64; // of which a device has room for all blocks
+constexpr int kLong       = 24; // budgets
+
+template <int BLOCKS> constexpr float kLogAim = BLOCKS > 1 ? 1.1632f : 0.9163f; // of 3.2 budgets, and of 2.5
+constexpr float kShare = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
 
 // How far below a threshold the next mark should be, in units of what n cells reached below it: their number falls
 // about exponentially along the tail.
-__device__ float step_of(int n, int budget) {
-    return fminf(2.0f, kLogAim / fmaxf(__logf(static_cast<float>(n) / static_cast<float>(budget)), 0.1f));
+__device__ float step_of(int n, int budget, float aim) {
+    return fminf(2.0f, aim / fmaxf(__logf(static_cast<float>(n) / static_cast<float>(budget)), 0.1f));
 }
 
 // What so many cells would have reached, if n reached `filter` and `budget` reached t.
@@ -270,9 +232,9 @@ __device__ Filter blend(const Filter & passed, const Filter & now) {
 }
 
 // A floor that somewhat more than the budget of cells should reach, from how many reached the filter that went wrong.
-__device__ float guess_floor(const Filter & passed, int n_marked, int budget) {
+__device__ float guess_floor(const Filter & passed, int n_marked, int budget, float aim) {
     const float tail = logf(1.7f * static_cast<float>(budget) / static_cast<float>(n_marked));
-    return n_marked > 0 && passed.level > passed.mark ? passed.mark - (passed.level - passed.mark) * tail / kLogAim
+    return n_marked > 0 && passed.level > passed.mark ? passed.mark - (passed.level - passed.mark) * tail / aim
                                                       : -CUDART_INF_F;
 }
 
@@ -294,27 +256,33 @@ __device__ void call_ahead(const Piece * pieces, int64_t left, int thread, int n
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
+// Of `BLOCKS` thread blocks of a query the first one does what they do not do together.
+template <int BLOCKS>
 __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n_query, int64_t ahead_bytes) {
-    Selection & sh    = *dynamic_shared<Selection>();
-    const int   query = blockIdx.x;
+    constexpr float kAim  = kLogAim<BLOCKS>;
+    Selection &     sh    = *dynamic_shared<Selection>();
+    const int       query = static_cast<int>(blockIdx.x) / BLOCKS;
     wait_for_kernel_before();
     let_kernel_behind_begin();
     if (query >= n_query) {
-        if (threadIdx.x < 32) {
-            call_ahead(node.ahead, ahead_bytes, (query - n_query) * 32 + static_cast<int>(threadIdx.x),
-                       (static_cast<int>(gridDim.x) - n_query) * 32);
+        const int n_before = n_query * BLOCKS, thread = threadIdx.x;
+        if (thread < 32) {
+            call_ahead(node.ahead, ahead_bytes, (static_cast<int>(blockIdx.x) - n_before) * 32 + thread,
+                       (static_cast<int>(gridDim.x) - n_before) * 32);
         }
         return;
     }
-    const int     n_cell = static_cast<int>(n_blocks(node.n_kv)) * FASA_BLOCK_CELLS, n_peak = n_cell / kPeak;
-    const float * scores = node.scratch.scores + static_cast<int64_t>(query) * n_cell;
-    const float * peaks  = node.scratch.peaks + static_cast<int64_t>(query) * n_peak;
-    int32_t *     out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
-    Block         block(sh.exchange);
-    const Marks   marks(node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell / 32);
-    const int     n_visible = node.scratch.n_visible[query < node.n_head ? 0 : query / node.n_head];
-    const float   norm      = node.scratch.norms[query];
-    const Filter  passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
+    const Cluster<BLOCKS> cluster;
+    clear_bins(sh); // the barriers of list_marked come before their use
+    const int           n_cell = static_cast<int>(n_blocks(node.n_kv)) * FASA_BLOCK_CELLS, n_peak = n_cell / kPeak;
+    const float *       scores = node.scratch.scores + static_cast<int64_t>(query) * n_cell;
+    int32_t *           out    = node.scratch.cells + static_cast<int64_t>(query) * node.max_selected;
+    Block               block(sh.exchange);
+    const Marks<BLOCKS> marks(node.scratch.marks + static_cast<int64_t>(query) * (n_cell / 32), n_cell / 32,
+                              cluster.rank());
+    const int           n_visible = node.scratch.n_visible[query < node.n_head ? 0 : query / node.n_head];
+    const float         norm      = node.scratch.norms[query];
+    const Filter        passed    = node.scratch.thresholds[query]; // +inf: nothing is marked
     // In norms, what selections left for this token: it need not wait for them here.
     const float  unit = norm > 1e-30f ? 1.0f / norm : 0.0f;
     const Filter before =
@@ -322,42 +290,36 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     int    n      = -1;
     float  guess  = -CUDART_INF_F;
     Filter filter = {kNoFilter, kNoFilter};
-    clear_bins(sh); // the barriers of list_marked come before their use
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
-        n = write_from_memory(block, scores, n_cell, -FLT_MAX, node.max_selected, out);
+        if (cluster.rank() == 0) {
+            n = write_from_memory(block, scores, n_cell, -FLT_MAX, node.max_selected, out);
+        }
     } else if (passed.mark < kNoFilter) {
-        const int n_marked = list_marked(sh, block, marks);
-        if (n_marked >= node.budget && n_marked <= kMarked) {
-            const float step = step_of(n_marked, node.budget);
-            float       t;
-            n = n_marked <= 3 * kThreads ? select_listed<3>(sh, block, scores, n_marked, passed, node.budget, out, &t)
-                : n_marked <= 6 * kThreads
-                    ? select_listed<6>(sh, block, scores, n_marked, passed, node.budget, out, &t)
-                    : select_listed<kMarked / kThreads>(sh, block, scores, n_marked, passed, node.budget, out, &t);
-            if (t < kForced) {
-                filter = {next_mark(passed.mark, t, step, norm) * unit, t * unit};
+        const Best best = best_of_marked(sh, block, cluster, marks, scores, passed, node.budget, out);
+        if (best.found) {
+            n = node.budget;
+            if (best.least < kForced) {
+                filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, node.budget, kAim), norm) * unit,
+                          best.least * unit};
             }
-            if (threadIdx.x == 0) {
+            if (threadIdx.x == 0 && cluster.rank() == 0) {
                 atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
         } else {
-            guess = guess_floor(passed, n_marked, node.budget);
+            guess = guess_floor(passed, best.n_marked, node.budget, kAim);
         }
+    }
+    if (cluster.rank() > 0) {
+        return;
     }
     if (n < 0) {
         __syncthreads();
-        if (n_peak <= 4 * kThreads) {
-            n = select_in_registers<4>(sh, block, peaks, n_peak, scores, node.budget, guess, out);
-        } else if (n_peak <= kPerRun * kThreads) {
-            n = select_in_registers<kPerRun>(sh, block, peaks, n_peak, scores, node.budget, guess, out);
-        } else {
-            const InMemory own = part_of(peaks, n_peak);
-            n = select_from(sh, block, own, static_cast<int>(own.x - peaks), n_peak, scores, node.budget, guess, out);
-        }
+        n = select_from_peaks(sh, node.scratch.peaks + static_cast<int64_t>(query) * n_peak, n_peak, scores,
+                              node.budget, guess, out);
         if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && unit > 0.0f) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
-            const float step    = counted ? step_of(sh.reached, node.budget) : 0.0f;
+            const float step    = counted ? step_of(sh.reached, node.budget, kAim) : 0.0f;
             filter = {(counted ? next_mark(sh.floor, sh.least, step, norm) : sh.floor) * unit, sh.least * unit};
         }
     }
@@ -370,19 +332,30 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     }
 }
 
+template <int BLOCKS> cudaError_t launch_of(const Node & node, int n_query, cudaStream_t stream) {
+    // Of more than a fifth of the cache, too much is gone again before it is read.
+    const int64_t bytes = has_code_of_hopper(select_kernel<BLOCKS>) ? device_attribute(cudaDevAttrL2CacheSize) / 5 : 0;
+    const int     callers = bytes > 0 && node.ahead[0].bytes > 0 ? kCallers / BLOCKS : 0;
+    return launch_clusters(BLOCKS, select_kernel<BLOCKS>, dim3(static_cast<unsigned>(n_query * BLOCKS + callers)),
+                           kThreads, sizeof(Selection), stream, true, node, n_query, bytes);
+}
+
+template <int BLOCKS> cudaError_t allow_memory() {
+    return cudaFuncSetAttribute(select_kernel<BLOCKS>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Selection));
+}
+
 } // namespace
 
 cudaError_t launch_select(const Node & node, cudaStream_t stream) {
-    // Of more than a fifth of the cache, too much is gone again before it is read.
-    const int     n_query = node.n_head * node.n_rows * node.n_stream;
-    const int64_t bytes   = is_hopper_or_newer() ? device_attribute(cudaDevAttrL2CacheSize) / 5 : 0;
-    const int     callers = bytes > 0 && node.ahead[0].bytes > 0 ? kCallers : 0;
-    return launch(select_kernel, dim3(static_cast<unsigned>(n_query + callers)), kThreads, sizeof(Selection), stream,
-                  true, node, n_query, bytes);
+    const int  n_query = node.n_head * node.n_rows * node.n_stream;
+    const bool both =
+        n_query <= kFewQueries && node.n_kv / kLong >= node.budget && has_code_of_hopper(select_kernel<kBoth>);
+    return both ? launch_of<kBoth>(node, n_query, stream) : launch_of<1>(node, n_query, stream);
 }
 
 cudaError_t prepare_select() {
-    return cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Selection));
+    const cudaError_t error = allow_memory<1>();
+    return error == cudaSuccess && has_code_of_hopper(select_kernel<kBoth>) ? allow_memory<kBoth>() : error;
 }
 
 } // namespace fasa::gpu

@@ -31,6 +31,7 @@ const StageShape kShapes[] = {
     {32, 5, 5, 500, 2, 3, GGML_TYPE_Q4_0, GGML_TYPE_BF16, 8, 16, 64, 64, 1, 1, 0},
     {160, 14, 2, 2049, 1, 1, GGML_TYPE_BF16, GGML_TYPE_Q8_0, 4, 80, 1500, 1600, 4, 32, 0},
     {128, 16, 1, 30000, 1, 1, GGML_TYPE_F16, GGML_TYPE_F16, 4, 16, 7000, 7000},
+    {64, 2, 1, 4001, 2, 1, GGML_TYPE_F16, GGML_TYPE_F16, 4, 16, 90, 100},
     {64, 12, 4, 9000, 2, 1, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 1, 32, 300, 400, 4, 32, 64},
     {128, 4, 1, 70001, 1, 1, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 2, 32, 900, 1000, 4, 32, 128},
 };
@@ -295,7 +296,7 @@ TEST(select_is_exact_on_ugly_scores) {
     StageShape   shape   = {32, 8, 8, 40000, 1, 1, GGML_TYPE_F16, GGML_TYPE_F16, 4, 8};
     const float  inf     = 3.0e38f;
     const auto   uniform = [&rng] { return static_cast<float>(rng()) / 4294967296.0f; };
-    for (const int32_t budget : {1, 7, 2048, 6144, 9000, 39000}) {
+    for (const int32_t budget : {1, 7, 1500, 2048, 6144, 9000, 39000}) {
         if (only_small() && budget > 7) {
             continue;
         }
@@ -369,6 +370,6 @@ TEST(select_is_exact_on_ugly_scores) {
         check_selection(s, scores);
         CHECK(all == s.cells.host);
         s.totals.to_host();
-        CHECK(s.totals.host[3] > 0 || budget >= 6144);
+        CHECK(s.totals.host[3] > 0 || budget < 1500 || budget >= 6144); // of few, the level is often the mark
     }
 }

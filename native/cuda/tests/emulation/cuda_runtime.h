@@ -1,4 +1,5 @@
-// Stands in for CUDA's header where there is no GPU: kernels run on the CPU, a thread block at a time, for their tests.
+// Stands in for CUDA's header where there is no GPU: kernels run on the CPU, a thread block or cluster at a time, for
+// their tests.
 // Each thread is a fiber that runs until it must wait for others; the order of threads is random, so that a barrier
 // that is missing shows. Only what pyfasa's kernels use is here; speed means nothing.
 #pragma once
@@ -16,9 +17,14 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __noinline__
 #define __align__(n) alignas(n)
-#define __shared__ static // one thread block runs at a time
+#define __noinline__
+#define __shared__ static // one thread block runs at a time, and clusters have dynamic_shared() only
 
+struct int2 {
+    int x, y;
+};
 struct uint2 {
     unsigned x, y;
 };
@@ -44,14 +50,15 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 using cudaStream_t = void *;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
     struct {
-        int programmaticStreamSerializationAllowed;
+        int  programmaticStreamSerializationAllowed;
+        dim3 clusterDim;
     } val;
 };
 struct cudaLaunchConfig_t {
@@ -71,9 +78,13 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 // Few multiprocessors, so that thread blocks have to take turns; a cache so small that calls ahead end inside a matrix.
 inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 2;
+    *value = attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 2;
     return cudaSuccess;
 }
+
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
 
 template <typename F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
 
@@ -82,6 +93,10 @@ namespace emulation {
 cudaError_t run(const cudaLaunchConfig_t & config, const std::function<void()> & kernel);
 uint8_t *   dynamic_memory();
 void        wait_for_block();
+void        wait_for_cluster();
+int         rank_in_cluster();
+uint8_t *   dynamic_memory(int rank); // of a block of the cluster
+int         ptx_version();            // of an older or a newer device, by chance
 
 // What each of 32 lanes gave; none goes on before all have. `what` is checked to be the same in all lanes.
 const uint64_t * of_all_lanes(uint64_t own, const char * what);
@@ -100,6 +115,11 @@ template <typename T> T value_of(uint64_t bits) {
 }
 
 } // namespace emulation
+
+template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attributes, F *) {
+    attributes->ptxVersion = emulation::ptx_version();
+    return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Parameters...),
@@ -177,6 +197,14 @@ template <typename T> T * dynamic_shared() { return reinterpret_cast<T *>(emulat
 
 inline void wait_for_kernel_before() {}
 inline void let_kernel_behind_begin() {}
+
+inline int  cluster_rank() { return emulation::rank_in_cluster(); }
+inline void cluster_sync() { emulation::wait_for_cluster(); }
+
+template <typename T> T * in_block(T * p, int rank) {
+    const auto at = reinterpret_cast<uint8_t *>(p) - emulation::dynamic_memory();
+    return reinterpret_cast<T *>(emulation::dynamic_memory(rank) + at);
+}
 
 // What is called ahead must be there: a sanitizer sees where it is not.
 inline void prefetch_l2(const void * p, size_t bytes = 1) {

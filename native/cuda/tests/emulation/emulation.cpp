@@ -1,4 +1,5 @@
-// Fibers that take turns as the threads of a block, and the table of functions of api.h on top of them.
+// Fibers that take turns as the threads of a block, or of a cluster of blocks, and the table of functions of api.h on
+// top of them.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -45,13 +46,20 @@ struct Thread {
     bool                       ready = false, done = true, begun = false;
 };
 
+struct Team { // threads first to end, which wait for each other
+    int                  first, end, alive, at_barrier;
+    bool                 begun;
+    std::vector<uint8_t> memory; // of a block
+};
+
 struct Machine {
-    std::vector<Thread>           threads;
+    std::vector<Thread>           threads; // of all blocks of the cluster
     std::vector<Warp>             warps;
-    std::vector<uint8_t>          memory;
+    std::vector<Team>             blocks;
+    Team                          cluster;
     Place                         scheduler;
     const std::function<void()> * kernel  = nullptr;
-    int                           current = 0, at_barrier = 0, alive = 0;
+    int                           current = 0, ptx_version = 90;
     std::string                   error;
     std::mt19937                  rng{fasa_test::run_seed()}; // FASA_TEST_SEED repeats it
 };
@@ -89,11 +97,33 @@ FASA_JUMPS void resume() {
     }
 }
 
-void release_barrier() {
-    Machine & m  = machine();
-    m.at_barrier = 0;
-    for (Thread & t : m.threads) {
-        t.ready = true;
+Team & own_block() {
+    Machine & m = machine();
+    return m.blocks[m.current / static_cast<int>(blockDim.x)];
+}
+
+void release_barrier(Team & team) {
+    team.at_barrier = 0;
+    for (int i = team.first; i < team.end; ++i) {
+        machine().threads[i].ready = true;
+    }
+}
+
+void wait_for(Team & team) {
+    if (++team.at_barrier == team.alive) {
+        release_barrier(team);
+    } else {
+        yield();
+    }
+}
+
+// The current thread has ended: nobody waits for it any more, and with the last one of a block its memory is gone.
+void leave(Team & team) {
+    if (--team.alive > 0 && team.at_barrier == team.alive) {
+        release_barrier(team);
+    }
+    if (team.alive == 0) {
+        std::fill(team.memory.begin(), team.memory.end(), 0xff);
     }
 }
 
@@ -106,39 +136,57 @@ void begin(Thread & t) {
     makecontext(&t.context, enter, 0);
 }
 
-// Threads of a block in an order of their own, each until it waits.
-void run_block(int n) {
-    Machine &        m = machine();
-    std::vector<int> order(n);
+// Threads of a block in an order of their own, each until it waits; whether any of them moved.
+bool run_block(Team & block, const std::vector<int> & order) {
+    Machine & m     = machine();
+    bool      moved = false;
+    block.begun     = true;
+    for (const int i : order) {
+        Thread & t = m.threads[block.first + i];
+        if (t.done || !t.ready) {
+            continue;
+        }
+        moved     = true;
+        m.current = block.first + i;
+        threadIdx = dim3(static_cast<unsigned>(i), 0, 0);
+        resume();
+        if (t.done) {
+            leave(own_block());
+            leave(m.cluster);
+        }
+    }
+    return moved;
+}
+
+// One block at a time, by chance, as far as it comes without the others. first: the first block.
+void run_cluster(dim3 first, size_t bytes) {
+    Machine & m   = machine();
+    const int own = static_cast<int>(blockDim.x), n_block = static_cast<int>(m.blocks.size()), n = own * n_block;
+    m.cluster = {0, n, n, 0, false, {}};
+    for (int i = 0; i < n_block; ++i) {
+        m.blocks[i] = {own * i, own * (i + 1), own, 0, false, std::vector<uint8_t>(bytes + 16, 0xff)};
+    }
+    std::vector<int> order(own);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), m.rng);
-    std::fill(m.memory.begin(), m.memory.end(), 0xff);
-    m.warps.assign((n + 31) / 32, {});
-    m.at_barrier = 0;
-    m.alive      = n;
+    m.warps.assign(n / 32, {});
     for (int i = 0; i < n; ++i) {
         begin(m.threads[i]);
     }
-    while (m.alive > 0) {
-        bool moved = false;
-        for (const int i : order) {
-            Thread & t = m.threads[i];
-            if (t.done || !t.ready) {
-                continue;
+    while (m.cluster.alive > 0) {
+        bool      moved = false;
+        const int begin = static_cast<int>(m.rng() % n_block);
+        for (int i = begin; i < begin + n_block && !moved; ++i) {
+            blockIdx = dim3(first.x + static_cast<unsigned>(i % n_block), first.y, first.z);
+            while (m.error.empty() && run_block(m.blocks[i % n_block], order)) {
+                moved = true;
             }
-            moved     = true;
-            m.current = i;
-            threadIdx = dim3(static_cast<unsigned>(i), 0, 0);
-            resume();
-            if (t.done && --m.alive > 0 && m.at_barrier == m.alive) {
-                release_barrier();
-            }
-        }
-        if (!moved) {
-            throw std::runtime_error("threads of a block wait for each other at different places");
         }
         if (!m.error.empty()) {
             throw std::runtime_error(m.error);
+        }
+        if (!moved) {
+            throw std::runtime_error("threads wait for each other at different places");
         }
     }
 }
@@ -147,19 +195,24 @@ void run_block(int n) {
 
 int lane() { return machine().current % 32; }
 
-uint8_t * dynamic_memory() {
-    auto at = reinterpret_cast<uintptr_t>(machine().memory.data());
+int rank_in_cluster() { return machine().current / static_cast<int>(blockDim.x); }
+
+int ptx_version() { return machine().ptx_version; }
+
+uint8_t * dynamic_memory(int rank) {
+    const Team & block = machine().blocks[rank];
+    if (!block.begun || block.alive == 0) {
+        machine().error = "the memory of a thread block that has ended or not begun is used";
+    }
+    const auto at = reinterpret_cast<uintptr_t>(machine().blocks[rank].memory.data());
     return reinterpret_cast<uint8_t *>((at + 15) / 16 * 16);
 }
 
-void wait_for_block() {
-    Machine & m = machine();
-    if (++m.at_barrier == m.alive) {
-        release_barrier();
-    } else {
-        yield();
-    }
-}
+uint8_t * dynamic_memory() { return dynamic_memory(rank_in_cluster()); }
+
+void wait_for_block() { wait_for(own_block()); }
+
+void wait_for_cluster() { wait_for(machine().cluster); }
 
 const uint64_t * of_all_lanes(uint64_t own, const char * what) {
     Machine & m    = machine();
@@ -184,24 +237,32 @@ const uint64_t * of_all_lanes(uint64_t own, const char * what) {
 }
 
 cudaError_t run(const cudaLaunchConfig_t & config, const std::function<void()> & kernel) {
-    Machine & m = machine();
-    const int n = static_cast<int>(config.blockDim.x);
-    if (n % 32 != 0 || config.gridDim.x * config.gridDim.y * config.gridDim.z == 0) {
+    Machine & m       = machine();
+    unsigned  cluster = 1;
+    for (unsigned i = 0; i < config.numAttrs; ++i) {
+        if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
+            cluster = config.attrs[i].val.clusterDim.x;
+        }
+    }
+    if (config.blockDim.x % 32 != 0 || config.gridDim.x * config.gridDim.y * config.gridDim.z == 0 ||
+        config.gridDim.x % cluster != 0) {
         return cudaErrorInvalidConfiguration;
     }
-    while (static_cast<int>(m.threads.size()) < n) {
+    while (m.threads.size() < config.blockDim.x * cluster) {
         m.threads.emplace_back();
         m.threads.back().stack = std::make_unique<uint8_t[]>(kStackBytes);
     }
-    m.memory.resize(config.dynamicSmemBytes + 16);
-    m.kernel = &kernel;
+    m.blocks.resize(cluster);
+    m.kernel      = &kernel;
+    m.ptx_version = m.rng() % 2 == 0 ? 80 : 90; // of the next launch's device
     gridDim = config.gridDim, blockDim = config.blockDim;
-    std::vector<unsigned> blocks(gridDim.x * gridDim.y * gridDim.z);
-    std::iota(blocks.begin(), blocks.end(), 0u);
-    std::shuffle(blocks.begin(), blocks.end(), m.rng);
-    for (const unsigned b : blocks) {
-        blockIdx = dim3(b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y);
-        run_block(n);
+    const unsigned        columns = gridDim.x / cluster;
+    std::vector<unsigned> clusters(columns * gridDim.y * gridDim.z);
+    std::iota(clusters.begin(), clusters.end(), 0u);
+    std::shuffle(clusters.begin(), clusters.end(), m.rng);
+    for (const unsigned c : clusters) {
+        run_cluster(dim3(c % columns * cluster, c / columns % gridDim.y, c / columns / gridDim.y),
+                    config.dynamicSmemBytes);
     }
     return cudaSuccess;
 }
