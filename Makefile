@@ -24,13 +24,13 @@ CPP     := $(wildcard native/*.cpp native/*.h native/cpu/*.cpp native/cpu/*.h na
 	native/cuda/tests/*.cpp native/cuda/tests/*.cu native/cuda/tests/*.h native/cuda/tests/emulation/*.cpp native/cuda/tests/emulation/*.h)
 BUILD_TOOLS := scikit-build-core cffi cmake ninja
 
-.PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads fuzz bench bench-types bench-plugin layouts selection captures wheel test-wheel clean
+.PHONY: help setup demo test test-tools check docs format lint types tidy sanitize sanitize-threads races fuzz bench bench-types bench-plugin layouts selection captures wheel test-wheel clean
 
 help:
 	@echo "make demo       find hidden facts in a long document, dense against FASA (TOKENS=$(TOKENS))"
 	@echo "make test       the tests"
 	@echo "make test-tools  the plugin inside llama.cpp's own tools, which are built once; half an hour"
-	@echo "make check      format, lint, types, docs, clang-tidy, native tests under sanitizers"
+	@echo "make check      format, lint, types, docs, clang-tidy, native tests under sanitizers, races"
 	@echo "make docs       the documentation as a site, into build/site"
 	@echo "make fuzz       random and hostile inputs for FUZZ_SECONDS=$(FUZZ_SECONDS); needs clang and atheris"
 	@echo "make bench      decode speed at depth, dense against FASA, into docs/bench"
@@ -82,7 +82,7 @@ test-tools: setup $(TOOLS)/bin/llama-server
 
 # ---- for contributors ------------------------------------------------------------------------------------
 
-check: lint types docs tidy sanitize sanitize-threads
+check: lint types docs tidy sanitize sanitize-threads races
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
@@ -124,6 +124,13 @@ sanitize-threads: $(VENV)/dev.stamp
 		-DPYFASA_TESTS=ON -DPYFASA_SANITIZE=thread > /dev/null
 	$(BIN)/cmake --build build/threads
 	OMP_THREAD_LIMIT=1 $(NO_RANDOM) $(BIN)/ctest --test-dir build/threads --output-on-failure
+
+# Of the CUDA kernels, without a GPU.
+races: $(VENV)/dev.stamp
+	CMAKE_ARGS= $(BIN)/cmake -S . -B build/races -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPYFASA_PYTHON=OFF -DPYFASA_CUDA=OFF -DPYFASA_TESTS=ON > /dev/null
+	$(BIN)/cmake --build build/races --target fasa_emulated_races
+	$(BIN)/ctest --test-dir build/races -R fasa_emulated_races --output-on-failure
 
 # A quarter of the time each for the two native fuzzers, half for the readers of files.
 CLANG        ?= $(firstword $(notdir $(wildcard /usr/bin/clang /usr/bin/clang-[1-9][0-9])))

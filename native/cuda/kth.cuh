@@ -140,9 +140,11 @@ __device__ void rank_bin(Selection & sh, const Cluster<BLOCKS> & cluster, const 
         }
     });
     cluster.sync();
-    if (static_cast<int>(threadIdx.x) < count) {
-        const float x   = sh.list[threadIdx.x].x;
+    const int own = threadIdx.x;
+    if (own < count) {
+        const float x   = sh.list[own].x;
         Counts      all = {0, 0}, before = {0, 0};
+        bool        is_first = true; // of equal values
         for (int i = 0; i < count; ++i) {
             const Listed listed = sh.list[i];
             const Counts counts = {listed.x > x ? 1 : 0, listed.x == x ? 1 : 0};
@@ -150,8 +152,9 @@ __device__ void rank_bin(Selection & sh, const Cluster<BLOCKS> & cluster, const 
             if (listed.rank < cluster.rank()) {
                 before.above += counts.above, before.equal += counts.equal;
             }
+            is_first = is_first && (i >= own || listed.x != x);
         }
-        if (all.above < k && all.above + all.equal >= k) { // equal values write the same
+        if (is_first && all.above < k && all.above + all.equal >= k) {
             sh.result = x;
             sh.all    = {above + all.above, all.equal};
             sh.before = {of_before + before.above, before.equal};

@@ -58,8 +58,10 @@ template <int BLOCKS> __device__ int list_marked(Selection & sh, Block & block, 
         });
     }
     if (threadIdx.x == 0) {
-        sh.n_marked  = total;
-        sh.marked[0] = total > 0 && total <= kMarked ? sh.marked[0] : 0;
+        sh.n_marked = total;
+        if (total == 0 || total > kMarked) {
+            sh.marked[0] = 0; // whose score is loaded, to no end
+        }
     }
     __syncthreads();
     return total;

@@ -96,7 +96,9 @@ void        wait_for_block();
 void        wait_for_cluster();
 int         rank_in_cluster();
 uint8_t *   dynamic_memory(int rank); // of a block of the cluster
-int         ptx_version();            // of an older or a newer device, by chance
+// A use of memory by a kernel; without races.cpp nobody asks.
+void note(const void * p, size_t size, bool writes, bool atomic);
+int  ptx_version(); // of an older or a newer device, by chance
 
 // What each of 32 lanes gave; none goes on before all have. `what` is checked to be the same in all lanes.
 const uint64_t * of_all_lanes(uint64_t own, const char * what);
@@ -160,13 +162,25 @@ inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) !=
 template <typename T> T __ldcs(const T * p) { return *p; }
 template <typename T> T __ldcg(const T * p) { return *p; }
 
-template <typename T> T atomicAdd(T * p, T x) {
+#define FASA_ATOMIC [[gnu::noinline, gnu::no_sanitize_thread]]
+template <typename T> FASA_ATOMIC T atomicAdd(T * p, T x) {
+    emulation::note(p, sizeof(T), true, true);
     const T before = *p;
-    *p += x;
+    *p             = before + x;
     return before;
 }
-inline unsigned atomicAnd(unsigned * p, unsigned x) { return std::exchange(*p, *p & x); }
-inline unsigned atomicOr(unsigned * p, unsigned x) { return std::exchange(*p, *p | x); }
+FASA_ATOMIC inline unsigned atomicAnd(unsigned * p, unsigned x) {
+    emulation::note(p, sizeof(*p), true, true);
+    const unsigned before = *p;
+    *p                    = before & x;
+    return before;
+}
+FASA_ATOMIC inline unsigned atomicOr(unsigned * p, unsigned x) {
+    emulation::note(p, sizeof(*p), true, true);
+    const unsigned before = *p;
+    *p                    = before | x;
+    return before;
+}
 
 template <typename A, typename B> constexpr std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <typename A, typename B> constexpr std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }

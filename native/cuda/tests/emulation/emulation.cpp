@@ -13,6 +13,7 @@
 #include "../../api.h"
 #include "../../kernels.cuh"
 #include "harness.h"
+#include "machine.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -25,7 +26,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 struct Warp {
     uint64_t     values[2][32]; // by turn: nobody gives for the next but one before all have read
     const char * what    = nullptr;
-    int          arrived = 0, turn = 0;
+    int          arrived = 0, turn = 0, synced = 0;
 };
 
 // Where to go on. The compiler's own jumps leave alone what swapcontext changes at each turn: signals, and with ASan
@@ -47,7 +48,7 @@ struct Thread {
 };
 
 struct Team { // threads first to end, which wait for each other
-    int                  first, end, alive, at_barrier;
+    int                  first, end, alive, at_barrier, turn;
     bool                 begun;
     std::vector<uint8_t> memory; // of a block
 };
@@ -59,7 +60,8 @@ struct Machine {
     Team                          cluster;
     Place                         scheduler;
     const std::function<void()> * kernel  = nullptr;
-    int                           current = 0, ptx_version = 90;
+    int                           current = -1, ptx_version = 90;
+    uint32_t                      run = 0;
     std::string                   error;
     std::mt19937                  rng{fasa_test::run_seed()}; // FASA_TEST_SEED repeats it
 };
@@ -104,6 +106,7 @@ Team & own_block() {
 
 void release_barrier(Team & team) {
     team.at_barrier = 0;
+    ++team.turn;
     for (int i = team.first; i < team.end; ++i) {
         machine().threads[i].ready = true;
     }
@@ -155,6 +158,7 @@ bool run_block(Team & block, const std::vector<int> & order) {
             leave(m.cluster);
         }
     }
+    m.current = -1;
     return moved;
 }
 
@@ -162,9 +166,10 @@ bool run_block(Team & block, const std::vector<int> & order) {
 void run_cluster(dim3 first, size_t bytes) {
     Machine & m   = machine();
     const int own = static_cast<int>(blockDim.x), n_block = static_cast<int>(m.blocks.size()), n = own * n_block;
-    m.cluster = {0, n, n, 0, false, {}};
+    m.cluster = {0, n, n, 0, 0, false, {}};
+    ++m.run;
     for (int i = 0; i < n_block; ++i) {
-        m.blocks[i] = {own * i, own * (i + 1), own, 0, false, std::vector<uint8_t>(bytes + 16, 0xff)};
+        m.blocks[i] = {own * i, own * (i + 1), own, 0, 0, false, std::vector<uint8_t>(bytes + 16, 0xff)};
     }
     std::vector<int> order(own);
     std::iota(order.begin(), order.end(), 0);
@@ -191,9 +196,48 @@ void run_cluster(dim3 first, size_t bytes) {
     }
 }
 
+uint8_t * dynamic_memory_of(int rank) {
+    const auto at = reinterpret_cast<uintptr_t>(machine().blocks[rank].memory.data());
+    return reinterpret_cast<uint8_t *>((at + 15) / 16 * 16);
+}
+
 } // namespace
 
 int lane() { return machine().current % 32; }
+
+bool is_running(uint32_t * run, Moment * moment) {
+    const Machine & m = machine();
+    if (m.current < 0) {
+        return false;
+    }
+    const int block = m.current / static_cast<int>(blockDim.x), warp = m.current / 32;
+    *run    = m.run;
+    *moment = {m.current, warp, block, m.cluster.turn, m.blocks[block].turn, m.warps[warp].synced};
+    return true;
+}
+
+bool is_on_stack(const void * p) {
+    const uint8_t * stack = machine().threads[machine().current].stack.get();
+    return p >= stack && p < stack + kStackBytes;
+}
+
+std::string place_of(const void * p) {
+    const auto & blocks = machine().blocks;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const auto * memory = dynamic_memory_of(static_cast<int>(i));
+        if (p >= memory && p < memory + blocks[i].memory.size()) {
+            return "byte " + std::to_string(static_cast<const uint8_t *>(p) - memory) + " of block " +
+                   std::to_string(i) + "'s shared memory";
+        }
+    }
+    return "the same memory";
+}
+
+void report(const std::string & error) {
+    if (machine().error.empty()) {
+        machine().error = error;
+    }
+}
 
 int rank_in_cluster() { return machine().current / static_cast<int>(blockDim.x); }
 
@@ -202,10 +246,9 @@ int ptx_version() { return machine().ptx_version; }
 uint8_t * dynamic_memory(int rank) {
     const Team & block = machine().blocks[rank];
     if (!block.begun || block.alive == 0) {
-        machine().error = "the memory of a thread block that has ended or not begun is used";
+        report("the memory of a thread block that has ended or not begun is used");
     }
-    const auto at = reinterpret_cast<uintptr_t>(machine().blocks[rank].memory.data());
-    return reinterpret_cast<uint8_t *>((at + 15) / 16 * 16);
+    return dynamic_memory_of(rank);
 }
 
 uint8_t * dynamic_memory() { return dynamic_memory(rank_in_cluster()); }
@@ -227,6 +270,7 @@ const uint64_t * of_all_lanes(uint64_t own, const char * what) {
     if (++w.arrived == 32) {
         w.arrived = 0;
         w.turn ^= 1;
+        w.synced += std::strcmp(what, "__syncwarp") == 0 ? 1 : 0; // other exchanges say nothing about memory
         for (int i = 0; i < 32; ++i) {
             m.threads[warp * 32 + i].ready = true;
         }
