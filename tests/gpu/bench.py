@@ -78,6 +78,8 @@ def main() -> None:
         n_gen=args.n_gen,
         repetitions=args.repetitions,
         n_threads=args.threads,
+        n_gpu_layers=-1,
+        offload_kqv=not args.kv_on_host,
         command="python tests/gpu/bench.py " + " ".join([args.model.name, *sys.argv[2:]]),
     )
     profile = profile_of(args.model)
@@ -91,8 +93,8 @@ def main() -> None:
             n_ctx=max(depths) + args.n_gen + 64,
             n_batch=2048,
             n_ubatch=2048,
-            n_gpu_layers=-1,
-            offload_kqv=not args.kv_on_host,
+            n_gpu_layers=settings.n_gpu_layers,
+            offload_kqv=settings.offload_kqv,
             n_threads=args.threads,
             type_k=args.kv,
             type_v=args.kv,
@@ -107,7 +109,6 @@ def main() -> None:
     where = f", K and V in system memory, {llm.n_threads} threads" if args.kv_on_host else ""
     common = benchmark.describe(llm, settings) | {
         "machine": device_name() + where,
-        "backend": "CUDA",
         "model_filename": args.model.name,
     }
     tokens = rng.integers(3, 250, args.n_gen).tolist()
