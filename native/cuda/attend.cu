@@ -279,11 +279,11 @@ template <int LANES> __global__ void __launch_bounds__(kThreads, 4) attend_kerne
 
 } // namespace
 
-cudaError_t launch_attend(const Node & node, cudaStream_t stream) {
+cudaError_t launch_attend(const Node & node, const Queue & queue) {
     const dim3 grid(node.n_split, node.n_head_kv, node.group * node.n_rows * node.n_stream);
     const int  dim    = node.k.dim > node.v.dim ? node.k.dim : node.v.dim;
     const auto kernel = dim <= 64 ? attend_kernel<4> : dim <= 128 ? attend_kernel<8> : attend_kernel<16>;
-    return launch(kernel, grid, kThreads, 0, stream, true, node);
+    return launch(queue, kernel, grid, kThreads, 0, true, node);
 }
 
 } // namespace fasa::gpu

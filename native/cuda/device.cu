@@ -8,8 +8,8 @@
 namespace fasa::gpu {
 
 struct Device {
-    int          id;
-    cudaStream_t stream;
+    int   id;
+    Queue queue;
 };
 
 struct Capture {
@@ -49,6 +49,18 @@ int32_t device_count() {
 
 const char * architectures() { return FASA_CUDA_ARCHITECTURES; }
 
+// What launches ask of the device.
+cudaError_t describe(Device * device) {
+    Queue &     queue    = device->queue;
+    int         l2_bytes = 0;
+    cudaError_t error    = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device->id);
+    queue.l2_bytes       = l2_bytes;
+    error = error == cudaSuccess
+                ? cudaDeviceGetAttribute(&queue.n_multiprocessor, cudaDevAttrMultiProcessorCount, device->id)
+                : error;
+    return error == cudaSuccess ? prepare_select(&queue.is_hopper) : error;
+}
+
 int32_t open(const void * memory, Device ** out) {
     cudaPointerAttributes attributes = {};
     cudaError_t           error      = cudaSuccess;
@@ -58,24 +70,29 @@ int32_t open(const void * memory, Device ** out) {
     if (error != cudaSuccess || (memory != nullptr && attributes.type != cudaMemoryTypeDevice)) {
         return error != cudaSuccess ? error : cudaErrorInvalidDevicePointer;
     }
-    std::unique_ptr<Device> device(new (std::nothrow) Device{attributes.device, nullptr});
+    std::unique_ptr<Device> device(new (std::nothrow) Device{attributes.device, {}});
     if (device == nullptr) {
         return cudaErrorMemoryAllocation;
     }
     const Current current(device.get());
-    error = cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking);
-    error = error == cudaSuccess ? prepare_select() : error;
+    error = cudaStreamCreateWithFlags(&device->queue.stream, cudaStreamNonBlocking);
+    error = error == cudaSuccess ? describe(device.get()) : error;
     if (error == cudaSuccess) {
         *out = device.release();
+        return cudaSuccess;
     }
+    if (device->queue.stream != nullptr) {
+        cudaStreamDestroy(device->queue.stream);
+    }
+    cudaGetLastError(); // a device that is not served is not an error of llama.cpp's next launch
     return error;
 }
 
 void close(Device * device) {
     {
         const Current current(device);
-        cudaStreamSynchronize(device->stream);
-        cudaStreamDestroy(device->stream);
+        cudaStreamSynchronize(device->queue.stream);
+        cudaStreamDestroy(device->queue.stream);
     }
     delete device;
 }
@@ -87,64 +104,64 @@ int32_t allocate(Device * device, size_t bytes, void ** out) {
         cudaGetLastError(); // an allocation that failed is not an error of the next launch
         return error;
     }
-    error = cudaMemsetAsync(*out, 0, bytes, device->stream);
-    return error == cudaSuccess ? cudaStreamSynchronize(device->stream) : error;
+    error = cudaMemsetAsync(*out, 0, bytes, device->queue.stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(device->queue.stream) : error;
 }
 
 void release(Device * device, void * memory) {
     const Current current(device);
-    cudaStreamSynchronize(device->stream);
+    cudaStreamSynchronize(device->queue.stream);
     cudaFree(memory);
 }
 
 int32_t upload(Device * device, void * to, const void * from, size_t bytes) {
     const Current current(device);
-    const auto    error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, device->stream);
-    return error == cudaSuccess ? cudaStreamSynchronize(device->stream) : error;
+    const auto    error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, device->queue.stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(device->queue.stream) : error;
 }
 
 int32_t download(Device * device, void * to, const void * from, size_t bytes) {
     const Current current(device);
-    const auto    error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, device->stream);
-    return error == cudaSuccess ? cudaStreamSynchronize(device->stream) : error;
+    const auto    error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, device->queue.stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(device->queue.stream) : error;
 }
 
 int32_t copy(Device * device, void * to, const void * from, size_t bytes) {
     const Current current(device);
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, device->stream);
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, device->queue.stream);
 }
 
 int32_t wait_event(Device * device, void * event) {
     const Current current(device);
-    return cudaStreamWaitEvent(device->stream, static_cast<cudaEvent_t>(event), 0);
+    return cudaStreamWaitEvent(device->queue.stream, static_cast<cudaEvent_t>(event), 0);
 }
 
 int32_t record_event(Device * device, void * event) {
     const Current current(device);
-    return cudaEventRecord(static_cast<cudaEvent_t>(event), device->stream);
+    return cudaEventRecord(static_cast<cudaEvent_t>(event), device->queue.stream);
 }
 
 int32_t rebuild(Device * device, const Node * node, int64_t first_block, int32_t max_block_bytes,
                 int64_t * n_different) {
     const Current current(device);
-    return launch_rebuild(*node, first_block, max_block_bytes, n_different, device->stream);
+    return launch_rebuild(*node, first_block, max_block_bytes, n_different, device->queue);
 }
 
-template <cudaError_t (*LAUNCH)(const Node &, cudaStream_t)> int32_t phase(Device * device, const Node * node) {
+template <cudaError_t (*LAUNCH)(const Node &, const Queue &)> int32_t phase(Device * device, const Node * node) {
     const Current current(device);
-    return LAUNCH(*node, device->stream);
+    return LAUNCH(*node, device->queue);
 }
 
 // Relaxed: other threads, and llama.cpp's own calls on this one, may allocate meanwhile.
 int32_t begin_capture(Device * device) {
     const Current current(device);
-    return cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeRelaxed);
+    return cudaStreamBeginCapture(device->queue.stream, cudaStreamCaptureModeRelaxed);
 }
 
 int32_t end_capture(Device * device, Capture ** inout) {
     const Current current(device);
     cudaGraph_t   graph = nullptr;
-    cudaError_t   error = cudaStreamEndCapture(device->stream, &graph);
+    cudaError_t   error = cudaStreamEndCapture(device->queue.stream, &graph);
     if (error != cudaSuccess) {
         cudaGetLastError();
         return error;
@@ -173,7 +190,7 @@ int32_t end_capture(Device * device, Capture ** inout) {
 
 int32_t launch(Device * device, Capture * capture) {
     const Current current(device);
-    return cudaGraphLaunch(capture->exec, device->stream);
+    return cudaGraphLaunch(capture->exec, device->queue.stream);
 }
 
 void free_capture(Capture * capture) {

@@ -355,19 +355,19 @@ __global__ void __launch_bounds__(kWarps * kWarp) encode_kernel(const Node node)
 } // namespace
 
 cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different,
-                           cudaStream_t stream) {
+                           const Queue & queue) {
     const dim3 grid(static_cast<unsigned>(n_blocks(node.n_kv) - first_block), node.n_head_kv, node.n_stream);
-    return launch(rebuild_kernel, grid, kWarps * kWarp, max_block_bytes, stream, false, node, first_block, n_different);
+    return launch(queue, rebuild_kernel, grid, kWarps * kWarp, max_block_bytes, false, node, first_block, n_different);
 }
 
-cudaError_t launch_prepare(const Node & node, cudaStream_t stream) {
+cudaError_t launch_prepare(const Node & node, const Queue & queue) {
     const dim3 grid(node.n_head_kv + 2, node.group * node.n_rows * node.n_stream);
-    return launch(prepare_kernel, grid, kWarp, 0, stream, false, node);
+    return launch(queue, prepare_kernel, grid, kWarp, 0, false, node);
 }
 
-cudaError_t launch_encode(const Node & node, cudaStream_t stream) {
+cudaError_t launch_encode(const Node & node, const Queue & queue) {
     const int n_task = node.n_new * node.n_head_kv;
-    return n_task > 0 ? launch(encode_kernel, (n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, stream, false, node)
+    return n_task > 0 ? launch(queue, encode_kernel, (n_task + kWarps - 1) / kWarps, kWarps * kWarp, 0, false, node)
                       : cudaSuccess;
 }
 

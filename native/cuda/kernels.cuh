@@ -1,4 +1,4 @@
-// The phases of a node as launches on one stream, in this order: prepare, score, select, attend. None waits for the
+// The phases of a node as launches on one queue, in this order: prepare, score, select, attend. None waits for the
 // host. encode writes the index entries of the step's new cells. These are always selected, so that it may come before
 // or after the others; what score reads of them does not matter.
 #pragma once
@@ -14,15 +14,16 @@ namespace fasa::gpu {
 // The index of all cells that the node sees, from a block on. n_different: compare with what is there instead, and
 // count the words that differ.
 cudaError_t launch_rebuild(const Node & node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different,
-                           cudaStream_t stream);
+                           const Queue & queue);
 
-cudaError_t launch_prepare(const Node & node, cudaStream_t stream);
-cudaError_t launch_encode(const Node & node, cudaStream_t stream);
-cudaError_t launch_score(const Node & node, cudaStream_t stream);
-cudaError_t launch_select(const Node & node, cudaStream_t stream);
-cudaError_t launch_attend(const Node & node, cudaStream_t stream);
+cudaError_t launch_prepare(const Node & node, const Queue & queue);
+cudaError_t launch_encode(const Node & node, const Queue & queue);
+cudaError_t launch_score(const Node & node, const Queue & queue);
+cudaError_t launch_select(const Node & node, const Queue & queue);
+cudaError_t launch_attend(const Node & node, const Queue & queue);
 
-// Once per device, before the first launch: more shared memory than a kernel gets unasked.
-cudaError_t prepare_select();
+// Once per device, before the first launch: more shared memory than a kernel gets unasked. Says of what architecture
+// the code is that the device runs: all kernels are compiled alike.
+cudaError_t prepare_select(bool * is_hopper);
 
 } // namespace fasa::gpu

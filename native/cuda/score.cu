@@ -349,25 +349,25 @@ __global__ void __launch_bounds__(kThreads, at_once(BITS)) score_kernel(const No
     }
 }
 
-template <int BITS, bool ALONE> cudaError_t launch_of(const Node & node, cudaStream_t stream) {
+template <int BITS, bool ALONE> cudaError_t launch_of(const Node & node, const Queue & queue) {
     // Where they have to take turns anyway, a quarter of the device is left to llama.cpp's kernels for key and value.
     const int lists   = node.n_head_kv * node.n_stream;
     const int wanted  = static_cast<int>((n_blocks(node.n_kv) + kWarps - 1) / kWarps);
-    const int most    = at_once(BITS) * device_attribute(cudaDevAttrMultiProcessorCount) / lists;
+    const int most    = at_once(BITS) * queue.n_multiprocessor / lists;
     const int shared  = most > 1 ? most * 3 / 4 : 1;
     const int columns = wanted <= most ? wanted : shared;
-    return launch(score_kernel<BITS, ALONE>, dim3(columns, node.n_head_kv, node.n_stream), kThreads, 0, stream, true,
+    return launch(queue, score_kernel<BITS, ALONE>, dim3(columns, node.n_head_kv, node.n_stream), kThreads, 0, true,
                   node);
 }
 
 } // namespace
 
-cudaError_t launch_score(const Node & node, cudaStream_t stream) {
+cudaError_t launch_score(const Node & node, const Queue & queue) {
     const bool alone = node.n_rows == 1 && node.n_head <= kColumns * node.n_head_kv;
     switch (node.index.bits) {
-        case 4: return alone ? launch_of<4, true>(node, stream) : launch_of<4, false>(node, stream);
-        case 2: return alone ? launch_of<2, true>(node, stream) : launch_of<2, false>(node, stream);
-        default: return alone ? launch_of<0, true>(node, stream) : launch_of<0, false>(node, stream);
+        case 4: return alone ? launch_of<4, true>(node, queue) : launch_of<4, false>(node, queue);
+        case 2: return alone ? launch_of<2, true>(node, queue) : launch_of<2, false>(node, queue);
+        default: return alone ? launch_of<0, true>(node, queue) : launch_of<0, false>(node, queue);
     }
 }
 

@@ -332,12 +332,13 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     }
 }
 
-template <int BLOCKS> cudaError_t launch_of(const Node & node, int n_query, cudaStream_t stream) {
+template <int BLOCKS> cudaError_t launch_of(const Node & node, int n_query, const Queue & queue) {
     // Of more than a fifth of the cache, too much is gone again before it is read.
-    const int64_t bytes = has_code_of_hopper(select_kernel<BLOCKS>) ? device_attribute(cudaDevAttrL2CacheSize) / 5 : 0;
+    const int64_t bytes   = queue.is_hopper ? queue.l2_bytes / 5 : 0;
     const int     callers = bytes > 0 && node.ahead[0].bytes > 0 ? kCallers / BLOCKS : 0;
-    return launch_clusters(BLOCKS, select_kernel<BLOCKS>, dim3(static_cast<unsigned>(n_query * BLOCKS + callers)),
-                           kThreads, sizeof(Selection), stream, true, node, n_query, bytes);
+    return launch_clusters(queue, BLOCKS, select_kernel<BLOCKS>,
+                           dim3(static_cast<unsigned>(n_query * BLOCKS + callers)), kThreads, sizeof(Selection), true,
+                           node, n_query, bytes);
 }
 
 template <int BLOCKS> cudaError_t allow_memory() {
@@ -346,16 +347,18 @@ template <int BLOCKS> cudaError_t allow_memory() {
 
 } // namespace
 
-cudaError_t launch_select(const Node & node, cudaStream_t stream) {
+cudaError_t launch_select(const Node & node, const Queue & queue) {
     const int  n_query = node.n_head * node.n_rows * node.n_stream;
-    const bool both =
-        n_query <= kFewQueries && node.n_kv / kLong >= node.budget && has_code_of_hopper(select_kernel<kBoth>);
-    return both ? launch_of<kBoth>(node, n_query, stream) : launch_of<1>(node, n_query, stream);
+    const bool both    = queue.is_hopper && n_query <= kFewQueries && node.n_kv / kLong >= node.budget;
+    return both ? launch_of<kBoth>(node, n_query, queue) : launch_of<1>(node, n_query, queue);
 }
 
-cudaError_t prepare_select() {
-    const cudaError_t error = allow_memory<1>();
-    return error == cudaSuccess && has_code_of_hopper(select_kernel<kBoth>) ? allow_memory<kBoth>() : error;
+cudaError_t prepare_select(bool * is_hopper) {
+    cudaFuncAttributes attributes = {};
+    cudaError_t        error      = cudaFuncGetAttributes(&attributes, select_kernel<kBoth>);
+    *is_hopper                    = attributes.ptxVersion >= 90;
+    error                         = error == cudaSuccess ? allow_memory<1>() : error;
+    return error == cudaSuccess && *is_hopper ? allow_memory<kBoth>() : error;
 }
 
 } // namespace fasa::gpu

@@ -50,7 +50,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 using cudaStream_t = void *;
-enum cudaDeviceAttr { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 
@@ -69,23 +68,13 @@ struct cudaLaunchConfig_t {
     unsigned              numAttrs;
 };
 
-inline cudaError_t cudaGetDevice(int * device) {
-    *device = 0;
-    return cudaSuccess;
-}
-
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-
-// Few multiprocessors, so that thread blocks have to take turns; a cache so small that calls ahead end inside a matrix.
-inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 2;
-    return cudaSuccess;
-}
 
 struct cudaFuncAttributes {
     int ptxVersion;
 };
 
+template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) { return cudaSuccess; }
 template <typename F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace emulation {
@@ -98,7 +87,6 @@ int         rank_in_cluster();
 uint8_t *   dynamic_memory(int rank); // of a block of the cluster
 // A use of memory by a kernel; without races.cpp nobody asks.
 void note(const void * p, size_t size, bool writes, bool atomic);
-int  ptx_version(); // of an older or a newer device, by chance
 
 // What each of 32 lanes gave; none goes on before all have. `what` is checked to be the same in all lanes.
 const uint64_t * of_all_lanes(uint64_t own, const char * what);
@@ -117,11 +105,6 @@ template <typename T> T value_of(uint64_t bits) {
 }
 
 } // namespace emulation
-
-template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attributes, F *) {
-    attributes->ptxVersion = emulation::ptx_version();
-    return cudaSuccess;
-}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Parameters...),

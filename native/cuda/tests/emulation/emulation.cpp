@@ -60,8 +60,8 @@ struct Machine {
     Team                          cluster;
     Place                         scheduler;
     const std::function<void()> * kernel  = nullptr;
-    int                           current = -1, ptx_version = 90;
-    uint32_t                      run = 0;
+    int                           current = -1;
+    uint32_t                      run     = 0;
     std::string                   error;
     std::mt19937                  rng{fasa_test::run_seed()}; // FASA_TEST_SEED repeats it
 };
@@ -241,8 +241,6 @@ void report(const std::string & error) {
 
 int rank_in_cluster() { return machine().current / static_cast<int>(blockDim.x); }
 
-int ptx_version() { return machine().ptx_version; }
-
 uint8_t * dynamic_memory(int rank) {
     const Team & block = machine().blocks[rank];
     if (!block.begun || block.alive == 0) {
@@ -297,8 +295,7 @@ cudaError_t run(const cudaLaunchConfig_t & config, const std::function<void()> &
         m.threads.back().stack = std::make_unique<uint8_t[]>(kStackBytes);
     }
     m.blocks.resize(cluster);
-    m.kernel      = &kernel;
-    m.ptx_version = m.rng() % 2 == 0 ? 80 : 90; // of the next launch's device
+    m.kernel = &kernel;
     gridDim = config.gridDim, blockDim = config.blockDim;
     const unsigned        columns = gridDim.x / cluster;
     std::vector<unsigned> clusters(columns * gridDim.y * gridDim.z);
@@ -321,8 +318,12 @@ namespace {
 
 Device only;
 
-template <cudaError_t (*LAUNCH)(const Node &, cudaStream_t)> int32_t phase(Device *, const Node * node) {
-    return LAUNCH(*node, nullptr);
+// An older device or a newer one, by chance. Few multiprocessors, so that thread blocks have to take turns; a cache so
+// small that calls ahead end inside a matrix.
+Queue some_queue() { return {nullptr, emulation::machine().rng() % 2 == 0, 2, 1 << 20}; }
+
+template <cudaError_t (*LAUNCH)(const Node &, const Queue &)> int32_t phase(Device *, const Node * node) {
+    return LAUNCH(*node, some_queue());
 }
 
 int32_t move(Device *, void * to, const void * from, size_t bytes) {
@@ -349,7 +350,7 @@ const Api kApi = [] {
     api.download = move;
     api.copy     = move;
     api.rebuild = [](Device *, const Node * node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different) {
-        return static_cast<int32_t>(launch_rebuild(*node, first_block, max_block_bytes, n_different, nullptr));
+        return static_cast<int32_t>(launch_rebuild(*node, first_block, max_block_bytes, n_different, some_queue()));
     };
     api.prepare = phase<launch_prepare>;
     api.encode  = phase<launch_encode>;
