@@ -2,7 +2,8 @@
 // barrier is between. The kernels are compiled with -fsanitize=thread, which calls a function at each use of memory;
 // these take the place of the sanitizer's own, which knows no fibers that are in step by barriers.
 //
-// Of each word, and of each byte that is used alone, the last write and the last reads of two threads are kept.
+// Of each word, and of each byte that is used alone, the last write and the last reads of two threads are kept. Blocks
+// that are not of one cluster run one after another: what these do to each other is not seen.
 #include <algorithm>
 #include <array>
 #include <cstdint>
