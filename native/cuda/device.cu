@@ -58,7 +58,7 @@ cudaError_t describe(Device * device) {
     error = error == cudaSuccess
                 ? cudaDeviceGetAttribute(&queue.n_multiprocessor, cudaDevAttrMultiProcessorCount, device->id)
                 : error;
-    return error == cudaSuccess ? prepare_select(&queue.is_hopper) : error;
+    return error == cudaSuccess ? prepare_select(&queue) : error;
 }
 
 int32_t open(const void * memory, Device ** out) {

@@ -23,7 +23,7 @@ cudaError_t launch_select(const Node & node, const Queue & queue);
 cudaError_t launch_attend(const Node & node, const Queue & queue);
 
 // Once per device, before the first launch: more shared memory than a kernel gets unasked. Says of what architecture
-// the code is that the device runs: all kernels are compiled alike.
-cudaError_t prepare_select(bool * is_hopper);
+// the code is that the device runs (all kernels are compiled alike), and how many clusters it has room for.
+cudaError_t prepare_select(Queue * queue);
 
 } // namespace fasa::gpu

@@ -205,10 +205,9 @@ __device__ __noinline__ int select_from_peaks(Selection & sh, const float * peak
 
 // In a long context there is more to list, and how many cells are marked varies more from token to token: two thread
 // blocks have room for twice as many.
-constexpr int kBoth       = 2;
-constexpr int kCallers    = 64; // thread blocks behind them, or half as many
-constexpr int kFewQueries = 64; // of which a device has room for all blocks
-constexpr int kLong       = 24; // budgets
+constexpr int kBoth    = 2;
+constexpr int kLong    = 24; // budgets
+constexpr int kCallers = 64; // thread blocks behind those of queries, or half as many
 
 template <int BLOCKS> constexpr float kLogAim = BLOCKS > 1 ? 1.1632f : 0.9163f; // of 3.2 budgets, and of 2.5
 constexpr float kShare = 0.3f; // of the last token in a filter: the mean of some tokens foretells the next one better
@@ -349,16 +348,33 @@ template <int BLOCKS> cudaError_t allow_memory() {
 
 cudaError_t launch_select(const Node & node, const Queue & queue) {
     const int  n_query = node.n_head * node.n_rows * node.n_stream;
-    const bool both    = queue.is_hopper && n_query <= kFewQueries && node.n_kv / kLong >= node.budget;
+    const bool both    = n_query <= queue.n_cluster && node.n_kv / kLong >= node.budget;
     return both ? launch_of<kBoth>(node, n_query, queue) : launch_of<1>(node, n_query, queue);
 }
 
-cudaError_t prepare_select(bool * is_hopper) {
+cudaError_t prepare_select(Queue * queue) {
     cudaFuncAttributes attributes = {};
     cudaError_t        error      = cudaFuncGetAttributes(&attributes, select_kernel<kBoth>);
-    *is_hopper                    = attributes.ptxVersion >= 90;
     error                         = error == cudaSuccess ? allow_memory<1>() : error;
-    return error == cudaSuccess && *is_hopper ? allow_memory<kBoth>() : error;
+    queue->is_hopper              = attributes.ptxVersion >= 90;
+    queue->n_cluster              = 0;
+    if (error != cudaSuccess || !queue->is_hopper) {
+        return error;
+    }
+    LaunchAttributes   in_twos(true, kBoth);
+    cudaLaunchConfig_t config = {};
+    config.gridDim            = dim3(kBoth);
+    config.blockDim           = dim3(kThreads);
+    config.dynamicSmemBytes   = sizeof(Selection);
+    config.attrs              = in_twos.all + 1; // the cluster
+    config.numAttrs           = 1;
+    error                     = allow_memory<kBoth>();
+    if (error == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&queue->n_cluster, select_kernel<kBoth>, &config) != cudaSuccess) {
+        cudaGetLastError(); // a thread block each, then
+        queue->n_cluster = 0;
+    }
+    return error;
 }
 
 } // namespace fasa::gpu

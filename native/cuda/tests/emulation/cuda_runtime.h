@@ -75,6 +75,9 @@ struct cudaFuncAttributes {
 };
 
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) { return cudaSuccess; }
+template <typename F> cudaError_t cudaOccupancyMaxActiveClusters(int *, F *, const cudaLaunchConfig_t *) {
+    return cudaSuccess;
+}
 template <typename F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace emulation {

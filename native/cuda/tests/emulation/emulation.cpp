@@ -321,7 +321,10 @@ Device only;
 
 // An older device or a newer one, by chance. Few multiprocessors, so that thread blocks have to take turns; a cache so
 // small that calls ahead end inside a matrix.
-Queue some_queue() { return {nullptr, emulation::machine().rng() % 2 == 0, 2, 1 << 20}; }
+Queue some_queue() {
+    const bool is_hopper = emulation::machine().rng() % 2 == 0;
+    return {nullptr, is_hopper, is_hopper ? 64 : 0, 2, 1 << 20};
+}
 
 template <cudaError_t (*LAUNCH)(const Node &, const Queue &)> int32_t phase(Device *, const Node * node) {
     return LAUNCH(*node, some_queue());
