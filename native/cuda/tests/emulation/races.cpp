@@ -4,7 +4,6 @@
 //
 // Of each word, and of each byte that is used alone, the last write and the last reads of two threads are kept. Blocks
 // that are not of one cluster run one after another: what these do to each other is not seen.
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
