@@ -92,7 +92,9 @@ void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t
 
 void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     const DecoratedBuffer d = find(registry().buffers, buffer);
-    d.inner.set_tensor(buffer, t, data, offset, size);
+    if (!d.session->has_input(t, data, offset, size)) {
+        d.inner.set_tensor(buffer, t, data, offset, size);
+    }
     d.session->bytes_written(static_cast<const char *>(t->data) + offset, size);
 }
 
@@ -114,6 +116,15 @@ void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     const DecoratedBuffer d = find(registry().buffers, buffer);
     d.inner.clear(buffer, value);
     d.session->bytes_written(d.inner.get_base(buffer), ggml_backend_buffer_get_size(buffer));
+}
+
+// A scheduler is about to place the tensors of another graph in it.
+void buffer_reset(ggml_backend_buffer_t buffer) {
+    const DecoratedBuffer d = find(registry().buffers, buffer);
+    d.session->buffer_reset();
+    if (d.inner.reset != nullptr) {
+        d.inner.reset(buffer);
+    }
 }
 
 // ---- backend ---------------------------------------------------------------------------------------------------
@@ -338,6 +349,7 @@ bool watch_buffer(ggml_backend_buffer_t buffer, Session * session) {
     hook(iface.set_tensor_2d, buffer_set_tensor_2d);
     hook(iface.cpy_tensor, buffer_cpy_tensor);
     hook(iface.clear, buffer_clear);
+    iface.reset = buffer_reset;
     return true;
 }
 

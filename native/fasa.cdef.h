@@ -210,17 +210,18 @@ void                 fasa_profile_file_free(fasa_profile_file * file);
 
 typedef struct fasa_config {
     int32_t enabled;
-    int32_t budget;    /* cells attended per query head; at least 1 */
-    int32_t n_fc;      /* chunks of the profile in use; 0: all ranked */
-    int32_t bits;      /* 1, 2, 4 or 8 for all chunks in use; 0: those of the profile */
-    int32_t min_ctx;   /* visible cells of its longest row below which a node stays dense */
-    int32_t max_rows;  /* query rows per stream above which a node is prefill; 0..64 */
-    int32_t sinks;     /* first visible cells in the order of writing, always selected */
-    int32_t recent;    /* last ones, likewise; sinks + recent <= budget */
-    int32_t verify;    /* recompute the index before each use and compare */
-    int32_t capture;   /* keep the queries of each node, see fasa_session_captured */
-    int32_t isa;       /* fasa_isa; AUTO in production */
-    int32_t n_threads; /* of the context's threads, how many work on a replaced node; 0: all */
+    int32_t budget;     /* cells attended per query head; at least 1 */
+    int32_t n_fc;       /* chunks of the profile in use; 0: all ranked */
+    int32_t bits;       /* 1, 2, 4 or 8 for all chunks in use; 0: those of the profile */
+    int32_t min_ctx;    /* visible cells of its longest row below which a node stays dense */
+    int32_t max_rows;   /* query rows per stream above which a node is prefill; 0..64 */
+    int32_t sinks;      /* first visible cells in the order of writing, always selected */
+    int32_t recent;     /* last ones, likewise; sinks + recent <= budget */
+    int32_t verify;     /* recompute the index before each use and compare */
+    int32_t capture;    /* keep the queries of each node, see fasa_session_captured */
+    int32_t isa;        /* fasa_isa; AUTO in production */
+    int32_t n_threads;  /* of the context's threads, how many work on a replaced node; 0: all */
+    int32_t head_start; /* a token on a GPU may begin before llama.cpp has set all inputs; the results are the same */
 } fasa_config;
 
 /* What a setting is when nobody says. min_ctx is PAYS_FROM budgets: from there on selecting cells is faster than dense
@@ -249,12 +250,14 @@ typedef struct fasa_counters {
     int64_t cells_attended;
     int64_t cells_indexed; /* index entries (re)written, counted once per layer */
     int64_t cells_verified;
-    int64_t verify_failures; /* entries that differed from the K cache; anything but 0 is a bug */
-    int64_t stale_events;    /* K changed by other means than SET_ROWS */
-    int64_t index_bytes;     /* allocated now */
-    int64_t kv_bytes;        /* K and V of the same layers, as allocated */
-    int64_t bytes_scored;    /* index bytes read */
-    int64_t bytes_attended;  /* K and V bytes read */
+    int64_t verify_failures;    /* entries that differed from the K cache; anything but 0 is a bug */
+    int64_t stale_events;       /* K changed by other means than SET_ROWS */
+    int64_t index_bytes;        /* allocated now */
+    int64_t kv_bytes;           /* K and V of the same layers, as allocated */
+    int64_t bytes_scored;       /* index bytes read */
+    int64_t bytes_attended;     /* K and V bytes read */
+    int64_t head_starts;        /* tokens that began before all of their inputs were set, on a GPU */
+    int64_t head_starts_undone; /* of these, how many had been given others than llama.cpp then set, and began anew */
 } fasa_counters;
 
 typedef struct fasa_timings { /* ns on the first worker thread, summed over sparse nodes */

@@ -65,7 +65,7 @@ struct BufferInterface {
     Slot get_tensor_2d;
     bool (*cpy_tensor)(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst);
     void (*clear)(ggml_backend_buffer_t, uint8_t value);
-    Slot reset;
+    void (*reset)(ggml_backend_buffer_t);
 };
 
 struct Buffer {

@@ -99,6 +99,7 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     if (gpu::is_cuda(ggml_backend_get_device(backend))) {
         return compute_on_gpu(backend, graph, inner);
     }
+    note_embedding(graph);
     try {
         scan(graph);
         reserve_scratch();
@@ -123,6 +124,11 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     const ggml_status status = inner(backend, graph);
     running_                 = false;
     restore();
+    for (auto & gpu : gpus_) {
+        if (status != GGML_STATUS_SUCCESS) {
+            gpu.second->undo(); // the token's graph will not come
+        }
+    }
 
     for (const NodeWork & w : work_) {
         if (w.index != nullptr && status == GGML_STATUS_SUCCESS) {
@@ -142,6 +148,33 @@ ggml_status Session::compute(ggml_backend_t backend, ggml_cgraph * graph, GraphC
     work_.clear();
     late_.clear();
     return status;
+}
+
+// Where a single GPU does all but the first step of a token, the token tells what its graph will be given.
+void Session::note_embedding(ggml_cgraph * graph) {
+    if (gpus_.size() != 1 || config_.head_start == 0) {
+        embedding_ = {};
+        return;
+    }
+    ggml_backend_buffer_t buffer = nullptr;
+    embedding_                   = gpu::embedding_of(graph, &buffer);
+    if (buffer != nullptr && !watch_buffer(buffer, this)) {
+        embedding_ = {};
+    }
+}
+
+bool Session::has_input(const ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    return std::any_of(gpus_.begin(), gpus_.end(),
+                       [&](const auto & gpu) { return gpu.second->has_input(t, data, offset, size); });
+}
+
+void Session::buffer_reset() {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    embedding_ = {};
+    for (auto & gpu : gpus_) {
+        gpu.second->graph_replaced();
+    }
 }
 
 ggml_status Session::compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner) {
@@ -241,6 +274,12 @@ void Session::restore() {
 
 void Session::bytes_written(const void * first, size_t size) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    if (first == embedding_.tokens && size == sizeof(int32_t)) {
+        for (auto & gpu : gpus_) {
+            gpu.second->token_is_set(embedding_, config_, layouts_.get());
+        }
+        return;
+    }
     for (auto & entry : layers_) {
         if (entry.second.index != nullptr) {
             counters_.stale_events += entry.second.index->mark_bytes(first, size) ? 1 : 0;
@@ -269,6 +308,7 @@ void Session::backend_freed(ggml_backend_t backend) {
 
 void Session::buffer_freed(ggml_backend_buffer_t buffer) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    embedding_ = {};
     orders_.erase(buffer);
     foreign_.erase(buffer);
     for (auto it = layers_.begin(); it != layers_.end();) {

@@ -33,6 +33,9 @@ class Session {
     void bytes_written(const void * first, size_t size);
     void buffer_freed(ggml_backend_buffer_t buffer);
     void backend_freed(ggml_backend_t backend);
+    // Something is about to be set in a watched buffer: true when it is there already, and need not be.
+    bool has_input(const ggml_tensor * t, const void * data, size_t offset, size_t size);
+    void buffer_reset(); // a scheduler places the tensors of another graph
 
     // Whether an attention node with its cache in host memory should be computed here rather than by a GPU.
     bool wants(const ggml_tensor * node) const;
@@ -69,6 +72,7 @@ class Session {
         const ggml_tensor * node;
     };
 
+    void         note_embedding(ggml_cgraph * graph);
     ggml_status  compute_on_gpu(ggml_backend_t backend, ggml_cgraph * graph, GraphCompute inner);
     bool         several_masks() const; // seen by any device
     void         scan(ggml_cgraph * graph);
@@ -97,7 +101,8 @@ class Session {
     void *                                  scorer_user_ = nullptr;
     int64_t                                 generation_  = 0; // changes with profile, layouts and configuration
     std::map<ggml_backend_t, std::unique_ptr<gpu::Decoder>> gpus_;
-    std::map<int32_t, Layer>                                layers_; // by layer number
+    gpu::Embedding                                          embedding_; // of the CPU's last graph
+    std::map<int32_t, Layer>                                layers_;    // by layer number
     fasa_model                                              model_ = {};
     std::function<void(const std::string &)>                tell_;    // empty: the model is not checked
     std::set<ggml_backend_buffer_t>                         foreign_; // caches of other models

@@ -246,6 +246,15 @@ class Fasa:
     def verify(self, value: bool) -> None:
         self._apply(replace(self._config, verify=bool(value)))
 
+    @property
+    def head_start(self) -> bool:
+        """Whether a token on a GPU may begin before llama.cpp has set all of its inputs; the results are the same."""
+        return self._config.head_start
+
+    @head_start.setter
+    def head_start(self, value: bool) -> None:
+        self._apply(replace(self._config, head_start=bool(value)))
+
     # ---- for the rest of the package ----
 
     def arguments(self) -> dict[str, object]:

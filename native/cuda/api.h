@@ -7,10 +7,11 @@
 #include <cstddef>
 
 #include "node.h"
+#include "transfer.h"
 
 namespace fasa::gpu {
 
-constexpr int32_t kApiVersion = 3;
+constexpr int32_t kApiVersion = 4;
 
 struct Device;  // a CUDA device: its stream
 struct Capture; // a captured graph of kernels, ready to be launched
@@ -32,6 +33,11 @@ struct Api {
     int32_t (*upload)(Device * device, void * to, const void * from, size_t bytes);   // waits
     int32_t (*download)(Device * device, void * to, const void * from, size_t bytes); // waits for all work before it
     int32_t (*copy)(Device * device, void * to, const void * from, size_t bytes);     // inside the device
+    int32_t (*allocate_host)(Device * device, size_t bytes, void ** out); // page-locked: kernels may read it
+    void (*release_host)(Device * device, void * memory);                 // waits
+    int32_t (*transfer)(Device * device, const Transfer * pieces, int32_t n, int64_t cell, int32_t back);
+    bool (*is_idle)(Device * device);
+    int32_t (*wait)(Device * device);
 
     // cudaEvent_t of ggml: orders the two streams.
     int32_t (*wait_event)(Device * device, void * event);

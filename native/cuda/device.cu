@@ -131,6 +131,40 @@ int32_t copy(Device * device, void * to, const void * from, size_t bytes) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, device->queue.stream);
 }
 
+int32_t allocate_host(Device * device, size_t bytes, void ** out) {
+    const Current     current(device);
+    const cudaError_t error = cudaMallocHost(out, bytes);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return error;
+}
+
+void release_host(Device * device, void * memory) {
+    const Current current(device);
+    cudaStreamSynchronize(device->queue.stream);
+    cudaFreeHost(memory);
+}
+
+int32_t transfer(Device * device, const Transfer * pieces, int32_t n, int64_t cell, int32_t back) {
+    const Current current(device);
+    return launch_transfer(pieces, n, cell, back != 0, device->queue);
+}
+
+bool is_idle(Device * device) {
+    const Current     current(device);
+    const cudaError_t error = cudaStreamQuery(device->queue.stream);
+    if (error != cudaSuccess) {
+        cudaGetLastError(); // that it is busy is no error
+    }
+    return error == cudaSuccess;
+}
+
+int32_t wait(Device * device) {
+    const Current current(device);
+    return cudaStreamSynchronize(device->queue.stream);
+}
+
 int32_t wait_event(Device * device, void * event) {
     const Current current(device);
     return cudaStreamWaitEvent(device->queue.stream, static_cast<cudaEvent_t>(event), 0);
@@ -210,6 +244,11 @@ constexpr Api kApi = {kApiVersion,
                       upload,
                       download,
                       copy,
+                      allocate_host,
+                      release_host,
+                      transfer,
+                      is_idle,
+                      wait,
                       wait_event,
                       record_event,
                       rebuild,

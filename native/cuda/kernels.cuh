@@ -8,6 +8,7 @@
 #include "launch.cuh"
 #include "layout.h"
 #include "node.h"
+#include "transfer.h"
 
 namespace fasa::gpu {
 
@@ -21,6 +22,9 @@ cudaError_t launch_encode(const Node & node, const Queue & queue);
 cudaError_t launch_score(const Node & node, const Queue & queue);
 cudaError_t launch_select(const Node & node, const Queue & queue);
 cudaError_t launch_attend(const Node & node, const Queue & queue);
+
+// Pieces in device memory; back: from where they went to where they came from.
+cudaError_t launch_transfer(const Transfer * pieces, int32_t n, int64_t cell, bool back, const Queue & queue);
 
 // Once per device, before the first launch: more shared memory than a kernel gets unasked. Says of what architecture
 // the code is that the device runs (all kernels are compiled alike), and how many clusters it has room for.

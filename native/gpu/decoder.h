@@ -4,7 +4,8 @@
 // A graph runs in one of three ways: untouched; in segments, cut at the attention nodes, with events between the two
 // streams; or as one captured CUDA graph of all of that. A graph seen for the second time is captured, and launched
 // from then on until llama.cpp builds another. In it cells are chosen as soon as a layer's query is there, beside
-// llama.cpp's kernels for its key and value.
+// llama.cpp's kernels for its key and value. It is launched before its inputs are complete where they can be foretold
+// (head_start.h).
 #pragma once
 
 #include <ggml-backend.h>
@@ -16,6 +17,7 @@
 #include "../profile.h"
 #include "../seam.h"
 #include "../sliding_window.h"
+#include "head_start.h"
 #include "index.h"
 
 namespace fasa {
@@ -45,6 +47,13 @@ class Decoder {
     Decoder & operator=(const Decoder &) = delete;
 
     ggml_status compute(ggml_cgraph * graph, GraphCompute inner, const Settings & settings);
+
+    // llama.cpp has set the token of the graph that comes next.
+    void token_is_set(const Embedding & embedding, const fasa_config & config, const Profile::Layouts * layouts);
+    // It is about to set this: true when it is there already.
+    bool has_input(const ggml_tensor * t, const void * data, size_t offset, size_t size);
+    void graph_replaced(); // llama.cpp's scheduler places another one
+    void undo();           // what has begun early, if anything has
 
     bool bytes_written(const void * first, size_t size); // true when K of an index was touched
     void buffer_freed(ggml_backend_buffer_t buffer);
@@ -102,6 +111,7 @@ class Decoder {
     bool        choose(const Work & work);
     bool        capture(ggml_cgraph * graph, GraphCompute inner, const Graph & scanned);
     bool        launch();
+    void        arm(ggml_cgraph * graph, Session * session);
     bool        fork(); // the inner stream's work so far comes before ours
     bool        join(); // and ours before the inner stream's
     void        forget();
@@ -114,6 +124,8 @@ class Decoder {
     Capture *               capture_     = nullptr;
     bool                    is_captured_ = false; // capture_ is last_; else an older one, to be updated
     uint8_t                 n_captures_  = 0;     // of those ever made, the last eight bits
+    HeadStart               head_start_;
+    int64_t                 n_begun_ = 0, n_undone_ = 0;
 
     std::map<int32_t, std::unique_ptr<DeviceIndex>>     indexes_; // by layer
     std::map<int32_t, int64_t>                          kv_bytes_;

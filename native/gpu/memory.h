@@ -33,6 +33,41 @@ class Stream { // a device as its stream
     Device *    device_ = nullptr;
 };
 
+class Pinned { // page-locked memory of the host
+  public:
+    Pinned()                           = default;
+    Pinned(const Pinned &)             = delete;
+    Pinned & operator=(const Pinned &) = delete;
+    ~Pinned() { release(); }
+
+    uint8_t * get() const { return data_; }
+
+    // At least n bytes; std::bad_alloc when there are none. What it held is lost when it moves.
+    void reserve(const std::shared_ptr<Stream> & stream, int64_t n) {
+        if (n <= n_) {
+            return;
+        }
+        release();
+        void * p = nullptr;
+        if (allocation_fails() || stream->api()->allocate_host(stream->device(), static_cast<size_t>(n), &p) != 0) {
+            throw std::bad_alloc();
+        }
+        stream_ = stream, data_ = static_cast<uint8_t *>(p), n_ = n;
+    }
+
+  private:
+    void release() {
+        if (data_ != nullptr) {
+            stream_->api()->release_host(stream_->device(), data_);
+        }
+        data_ = nullptr, n_ = 0;
+    }
+
+    std::shared_ptr<Stream> stream_;
+    uint8_t *               data_ = nullptr;
+    int64_t                 n_    = 0;
+};
+
 template <typename T> class Memory {
   public:
     Memory() = default;

@@ -27,6 +27,7 @@ const Number kNumbers[] = {
     {"PYFASA_MAX_ROWS", &fasa_config::max_rows, FASA_DEFAULT_MAX_ROWS, 0, FASA_MAX_ROWS},
     {"PYFASA_SINKS", &fasa_config::sinks, FASA_DEFAULT_SINKS, 0, INT32_MAX},
     {"PYFASA_RECENT", &fasa_config::recent, FASA_DEFAULT_RECENT, 0, INT32_MAX},
+    {"PYFASA_HEAD_START", &fasa_config::head_start, 1, 0, 1},
     {"PYFASA_THREADS", &fasa_config::n_threads, 0, 0, 4096},
     {"PYFASA_VERIFY", &fasa_config::verify, 0, 0, 1},
 };

@@ -28,6 +28,8 @@ const Field<fasa_counters> kCounters[] = {
     {"kv_bytes", &fasa_counters::kv_bytes},
     {"bytes_scored", &fasa_counters::bytes_scored},
     {"bytes_attended", &fasa_counters::bytes_attended},
+    {"head_starts", &fasa_counters::head_starts},
+    {"head_starts_undone", &fasa_counters::head_starts_undone},
 };
 
 const Field<fasa_timings> kTimings[] = {

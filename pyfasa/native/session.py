@@ -33,6 +33,7 @@ class Config:
     capture: bool = False
     isa: int = ISA_AUTO
     n_threads: int = 0
+    head_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Counters:
     kv_bytes: int
     bytes_scored: int
     bytes_attended: int
+    head_starts: int
+    head_starts_undone: int
 
     @property
     def share_attended(self) -> float:

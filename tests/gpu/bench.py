@@ -160,9 +160,12 @@ def main() -> None:
             print(text if header else text.partition("\n")[2], flush=True)
             header = False
             d, f = (row["median_ts"] for row in pair)
+            begun = sum(r.counters.head_starts for r in fasa)
+            undone = sum(r.counters.head_starts_undone for r in fasa)
             print(
                 f"{args.kv} depth {depth} bits {bits}: dense {d:.1f} t/s, fasa {f:.1f} t/s, {f / d:.2f} x "
-                f"({1e3 / d:.3f} and {1e3 / f:.3f} ms) {pair[1]['nodes']}",
+                f"({1e3 / d:.3f} and {1e3 / f:.3f} ms) {pair[1]['nodes']}, "
+                f"{begun} tokens began early, {undone} of them in vain",
                 file=sys.stderr,
                 flush=True,
             )

@@ -38,6 +38,7 @@ if step sanitize && command -v compute-sanitizer > /dev/null; then
 fi
 if step models; then
     check "$PYTHON" tests/gpu/check.py $SMALL
+    check "$PYTHON" tests/gpu/head_start.py
 fi
 if step stages; then
     check "$BUILD/fasa_cuda_bench" "${PYFASA_TERABYTES:-3.0}" | tee "$RESULTS/cuda-stages.csv"
