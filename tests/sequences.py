@@ -202,9 +202,8 @@ class Model(NamedTuple):
 
 
 @contextmanager
-def loaded(shape: Shape, folder: Path) -> Iterator[Model]:
-    """A random model, written into the folder."""
-    path = write_model(folder / f"{shape}.gguf", shape)
+def loaded_file(path: Path, shape: Shape) -> Iterator[Model]:
+    """A model file of that shape, with random profiles."""
     set_verbose(False)
     pointer = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
@@ -214,6 +213,13 @@ def loaded(shape: Shape, folder: Path) -> Iterator[Model]:
         yield Model(pointer, shape, random_profile(path), random_profile(path, seed=1))
     finally:
         llama_cpp.llama_model_free(pointer)
+
+
+@contextmanager
+def loaded(shape: Shape, folder: Path) -> Iterator[Model]:
+    """A random model, written into the folder."""
+    with loaded_file(write_model(folder / f"{shape}.gguf", shape), shape) as model:
+        yield model
 
 
 @contextmanager

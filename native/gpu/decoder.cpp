@@ -52,7 +52,7 @@ ggml_status Decoder::compute(ggml_cgraph * graph, GraphCompute inner, const Sett
         return status;
     }
     const bool  verify = s.config.verify != 0;
-    const bool  again  = same_as_last(now) && !verify && !now.has_experts;
+    const bool  again  = same_as_last(now) && !verify && !now.waits;
     const bool  built  = is_built(now);
     ggml_status status = GGML_STATUS_FAILED;
     // A capture outlives a graph that only has to rebuild the index.

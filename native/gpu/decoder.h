@@ -87,8 +87,8 @@ class Decoder {
         std::vector<Work>                       work;
         std::vector<int32_t>                    written; // layers whose K it writes without a replaced node
         std::vector<Cells>                      cells;
-        bool          has_experts = false; // upstream does not capture some of these, which wait for the device
-        fasa_counters counts      = {};    // of one run
+        bool          waits  = false; // upstream reads something of it on the host: not to be captured
+        fasa_counters counts = {};    // of one run
     };
 
     void        learn(ggml_cgraph * graph, const Settings & settings);

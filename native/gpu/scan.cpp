@@ -19,6 +19,14 @@ bool upstream_reorders() {
     return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
+// Whether llama.cpp may read which experts were chosen before it goes on, which no capture allows. For a few rows it
+// has a kernel that reads them on the device, if the experts are quantized.
+bool waits_for_device(const ggml_tensor * node) {
+    constexpr int64_t kFewRows = 4; // on the oldest device and for any type
+    return node->op == GGML_OP_MUL_MAT_ID && (node->ne[2] > kFewRows || !ggml_is_quantized(node->src[0]->type) ||
+                                              node->type != GGML_TYPE_F32 || node->src[1]->type != GGML_TYPE_F32);
+}
+
 // From which node of the graph on, and no later than `at`, an input of node `at` is there.
 int end_of(ggml_cgraph * graph, const ggml_tensor * input, int at) {
     while (is_view_op(input) && input->src[0] != nullptr) {
@@ -58,7 +66,7 @@ void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
         if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
             continue;
         }
-        out->has_experts |= node->op == GGML_OP_MUL_MAT_ID;
+        out->waits |= waits_for_device(node);
         if (node->op == GGML_OP_FLASH_ATTN_EXT) {
             ++out->counts.nodes[prepare(graph, i, s, out)];
         } else if (node->view_src != nullptr) {
