@@ -243,9 +243,8 @@ void Decoder::arm(ggml_cgraph * graph, Session * session) {
             return;
         }
     }
-    const int64_t first_cell = first.index.first_stream * first.index.n_cell;
-    if (last_.config.head_start == 0 ||
-        !head_start_.arm(graph, stream_, first_cell, first.n_kv, first.scratch.totals)) {
+    const HeadStart::Cells cells = {first.index.first_stream * first.index.n_cell, first.n_kv, first.index.n_cell};
+    if (last_.config.head_start == 0 || !head_start_.arm(graph, stream_, cells, first.scratch.totals)) {
         return;
     }
     for (const ggml_backend_buffer_t buffer : head_start_.buffers()) {

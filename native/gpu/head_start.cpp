@@ -10,7 +10,8 @@ namespace fasa::gpu {
 
 namespace {
 
-constexpr int64_t kAlign = 16;
+constexpr int64_t kAlign     = 16;
+constexpr int64_t kMaskBytes = 4; // of a cell, at most
 // Tokens in a row that must have been foretold before a launch: behind a wrong one twice as many as before it, unless
 // many were right between.
 constexpr int32_t kFewest = 2, kMost = 32, kMany = 16;
@@ -85,10 +86,9 @@ Embedding embedding_of(ggml_cgraph * graph, ggml_backend_buffer_t * buffer) {
 
 // ---- what a graph is given, and what it writes ---------------------------------------------------------------------
 
-bool HeadStart::arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream, int64_t first_cell, int64_t n_kv,
-                    void * totals) {
+bool HeadStart::arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream, const Cells & cells, void * totals) {
     disarm();
-    stream_ = stream, first_cell_ = first_cell, n_kv_ = n_kv;
+    stream_ = stream, first_cell_ = cells.first, n_kv_ = cells.n_kv, n_cell_ = cells.n;
     if (!find(graph) || !list_transfers(totals)) {
         disarm();
         return false;
@@ -168,7 +168,10 @@ bool HeadStart::list_transfers(void * totals) {
     for (Transfer & row : rows_) {
         kept += aligned(row.bytes);
     }
-    const int64_t bytes = given_.back().at + aligned(given_.back().bytes);
+    // Masks grow with n_kv: room for the whole cache, so that nothing moves.
+    const int64_t n_mask =
+        std::count_if(given_.begin(), given_.end(), [](const Given & g) { return g.role == Role::mask; });
+    const int64_t bytes = given_.back().at + aligned(given_.back().bytes) + n_mask * (n_cell_ - n_kv_) * kMaskBytes;
     try {
         told_.reserve(stream_, bytes);
         masks_.reserve(stream_, bytes);

@@ -30,11 +30,13 @@ Embedding embedding_of(ggml_cgraph * graph, ggml_backend_buffer_t * buffer);
 
 class HeadStart {
   public:
-    // For a graph that has been captured: its inputs, and the rows that it writes, of K and V from first_cell on, n_kv
-    // in all. `totals`: counters on the device, 32 bytes. False, and nothing will begin early, when the graph does what
-    // could not be undone.
-    bool arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream, int64_t first_cell, int64_t n_kv,
-             void * totals);
+    struct Cells { // of the cache's stream: where it begins, how many the graph sees, and how many there are
+        int64_t first, n_kv, n;
+    };
+
+    // For a graph that has been captured: its inputs, and the rows of K and V that it writes. `totals`: counters on the
+    // device, 32 bytes. False, and nothing will begin early, when the graph does what could not be undone.
+    bool arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream, const Cells & cells, void * totals);
     void disarm(); // when none is under way
 
     // The buffers of its inputs: what is set in them must come to has_input().
@@ -84,7 +86,7 @@ class HeadStart {
     std::vector<Given>                 given_;
     std::vector<ggml_backend_buffer_t> buffers_;
     std::vector<Transfer>              rows_; // that the graph overwrites; `to` is empty
-    int64_t                            first_cell_ = 0, n_kv_ = 0, cell_ = -1;
+    int64_t                            first_cell_ = 0, n_kv_ = 0, n_cell_ = 0, cell_ = -1;
     int32_t                            n_transfer_ = 0, n_kept_ = 0;
     Pinned                             told_; // inputs as foretold
     Memory<uint8_t>                    masks_, kept_;

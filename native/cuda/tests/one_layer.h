@@ -97,7 +97,7 @@ class Model {
         upload(memory_.get() + (1 << 19), noise.data(), noise.size());
     }
 
-    bool arm(HeadStart & head) { return head.arm(graph, stream(), first_, n_kv_, totals_.get()); }
+    bool arm(HeadStart & head) { return head.arm(graph, stream(), {first_, n_kv_, n_cell_}, totals_.get()); }
 
     // A node that writes where the graph's memory is not.
     void add_copy() {
