@@ -233,7 +233,7 @@ typedef enum fasa_default {
     FASA_DEFAULT_RECENT     = 32,
     FASA_PAYS_FROM          = 2,
     FASA_PAYS_FROM_CUDA     = 4,
-    FASA_PAYS_FROM_CUDA_F16 = 7
+    FASA_PAYS_FROM_CUDA_F16 = 6
 } fasa_default;
 
 /* FASA_STATUS_ARGUMENT with a sentence about the first setting that is out of its range. */

@@ -421,6 +421,7 @@ def main() -> None:
         "rows": rows_table(),
         "cuda": cuda_table(CUDA_RUNS),
         "cuda-early": cuda_table([("early-q8_0", "GPU"), ("early-f16", "GPU")]),
+        "cuda-moe": cuda_table([("moe-q8_0", "GPU"), ("moe-f16", "GPU")]),
         "cuda-short": cuda_short_table(),
         "cuda-stages": cuda_stage_table(),
         "cuda-bus": cuda_bus_table(),

@@ -32,7 +32,7 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
         return;
     }
     const int64_t max_selected = std::max(config.budget, config.min_ctx);
-    int64_t       n_query = 0, n_block = 0, n_row = 0, n_parts = 0, n_cells = 0;
+    int64_t       n_query = 0, n_block = 0, n_room = 0, n_row = 0, n_parts = 0, n_cells = 0;
     for (const Work & w : out->work) {
         const ggml_tensor * q   = w.node->src[0];
         const int64_t       own = q->ne[1] * q->ne[2] * q->ne[3];
@@ -40,6 +40,9 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
         n_row                   = std::max(n_row, q->ne[1] * q->ne[3]);
         n_query                 = std::max(n_query, own);
         n_block                 = std::max(n_block, n_blocks(w.plan.k->ne[1]));
+        // For a token the whole cache's at once: as n_kv grows, nothing moves, and no memory is missing half way.
+        const int64_t n_cell = own == w.plan.n_head ? w.index->view(w.plan).n_cell : w.plan.k->ne[1];
+        n_room               = std::max(n_room, own * n_blocks(n_cell));
         row_bytes_ = kv_row_bytes(w.plan.k->type, w.plan.k->ne[0]) + kv_row_bytes(w.plan.v->type, w.plan.v->ne[0]);
     }
     for (const Cells & c : out->cells) {
@@ -48,12 +51,13 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     if (n_query * n_block * FASA_BLOCK_CELLS > UINT32_MAX) { // as score numbers them
         throw std::bad_alloc();
     }
+    n_room     = std::max(n_room, n_query * n_block);
     bool moved = totals_.reserve(stream_, 4);
     moved |= new_cells_.reserve(stream_, n_cells);
     moved |= codes_.reserve(stream_, n_query * kMaxSlots);
     moved |= levels_.reserve(stream_, n_query * 2 * kSegments);
-    moved |= scores_.reserve(stream_, n_query * n_block * FASA_BLOCK_CELLS);
-    moved |= peaks_.reserve(stream_, n_query * n_block * (FASA_BLOCK_CELLS / kPeak));
+    moved |= scores_.reserve(stream_, n_room * FASA_BLOCK_CELLS);
+    moved |= peaks_.reserve(stream_, n_room * (FASA_BLOCK_CELLS / kPeak));
     moved |= n_visible_.reserve(stream_, n_row);
     moved |= windows_.reserve(stream_, n_row);
     moved |= selected_.reserve(stream_, n_query * max_selected);
@@ -62,7 +66,7 @@ void Decoder::reserve(const fasa_config & config, Graph * out) {
     moved |= arrived_.reserve(stream_, n_query);
     moved |= norms_.reserve(stream_, n_query);
     moved |= thresholds_.reserve(stream_, n_query);
-    moved |= marks_.reserve(stream_, n_query * n_block * (FASA_BLOCK_CELLS / 32));
+    moved |= marks_.reserve(stream_, n_room * (FASA_BLOCK_CELLS / 32));
     epoch_ += moved ? 1 : 0;
     for (Work & w : out->work) {
         w.args = arguments(w, *out, config);

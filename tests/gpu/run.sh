@@ -5,14 +5,14 @@
 #   tests/gpu/run.sh [results folder]
 #
 # Needs nvcc, cmake, and a Python with llama-cpp-python built for CUDA and with pyfasa's requirements. Settings:
-#   PYTHON=python3   PYFASA_BUILD=build/gpu   PYFASA_STEPS="build kernels sanitize models stages speed bus host"
+#   PYTHON=python3   PYFASA_BUILD=build/gpu   PYFASA_STEPS="build kernels sanitize models stages speed experts bus host"
 #   PYFASA_TERABYTES=3.0   per second: what floors of stages are reckoned with
 #   PYFASA_BIG=     a model for the timings; without it a random 8B-shaped one is made
 set -eu
 RESULTS=${1:-build/gpu-results}
 PYTHON=${PYTHON:-python3}
 BUILD=${PYFASA_BUILD:-build/gpu}
-STEPS=${PYFASA_STEPS:-build kernels sanitize models stages speed bus host}
+STEPS=${PYFASA_STEPS:-build kernels sanitize models stages speed experts bus host}
 SMALL=models/pyfasa-tiny-12m-Q8_0.gguf
 mkdir -p "$RESULTS" "$BUILD"
 failed=
@@ -51,7 +51,16 @@ fi
 if step speed; then
     for kv in q8_0 f16; do
         check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --bits 4,2 --depths 4096,32768,131072 > "$RESULTS/cuda-$kv.csv"
-        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --depths 8192,16384,24576 --min-ctx 4096 > "$RESULTS/cuda-early-$kv.csv"
+        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --depths 4096,8192,12288,16256,24576 --min-ctx 4000 \
+            > "$RESULTS/cuda-early-$kv.csv"
+    done
+fi
+if step experts; then
+    EXPERTS="$RESULTS/../a3b-random-Q4_0.gguf"
+    [ -e "$EXPERTS" ] || "$PYTHON" tests/gpu/random_gguf.py "$EXPERTS" a3b
+    for kv in q8_0 f16; do
+        check "$PYTHON" tests/gpu/bench.py "$EXPERTS" --kv $kv --bits 4 --depths 4096,12288,32768,131072 \
+            > "$RESULTS/cuda-moe-$kv.csv"
     done
 fi
 if step bus; then
