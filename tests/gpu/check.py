@@ -1,8 +1,10 @@
 """FASA on a CUDA device against FASA on the CPU: the same model, tokens and settings; and what the counters say.
 
     python tests/gpu/check.py MODEL [TOKENS]
+    python tests/gpu/check.py --quick
 
-Exits with 1 at the first thing that is not as it should be. MODEL needs a profile, or gets a random one.
+Exits with 1 when something is not as it should be. MODEL needs a profile, or gets a random one. Quick: random models,
+few tokens.
 """
 
 from __future__ import annotations
@@ -361,14 +363,39 @@ def endurance(path: Path, n_decode: int = 20_000, n_prompt: int = 2000) -> None:
     llm.close()
 
 
+def quick(rng: np.random.Generator) -> None:
+    import zoo
+    from support import Shape, write_model
+
+    tokens = [int(t) for t in rng.integers(3, 250, 700)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_model(Path(folder) / "small.gguf", Shape(n_head=2, n_head_kv=1))
+        for kv in ("f16", "q8_0", "q4_0", "bf16"):
+            compare(path, tokens, kv, 64, 12)
+        split(path, tokens)
+        for name, variation in SLIDING.items():
+            path = zoo.write(Path(folder) / f"{name}.gguf", name, **variation)
+            layers(path, zoo.BY_NAME[name].nodes, tokens, 8, "q8_0", swa_full=name == "gemma3")
+        divided(Path(folder) / "gemma2.gguf", tokens)
+
+
 def main() -> None:
-    path = Path(sys.argv[1])
-    n_token = int(sys.argv[2]) if len(sys.argv) > 2 else 3000
     print("CUDA:", native.cuda()[1])
     expect("CUDA kernels are loaded", native.cuda()[0])
     print("; ".join(f"{d.name}: {d.description}" for d in machine.devices()))
     rng = np.random.default_rng(7)
-    tokens = [int(t) for t in rng.integers(3, 250, n_token)]
+    if "--quick" in sys.argv:
+        quick(rng)
+    else:
+        whole(
+            Path(sys.argv[1]),
+            [int(t) for t in rng.integers(3, 250, int((sys.argv[2:] or [3000])[0]))],
+        )
+    print("all as it should be" if failures == 0 else f"{failures} FAILED")
+    sys.exit(failures > 0)
+
+
+def whole(path: Path, tokens: list[int]) -> None:
     for kv in ("f16", "q8_0", "q4_0", "bf16"):
         compare(path, tokens, kv, 256, 24)
     split(path, tokens)
@@ -376,8 +403,6 @@ def main() -> None:
     if find_profile(path) is not None:
         retrieval(path)
         endurance(path)
-    print("all as it should be" if failures == 0 else f"{failures} FAILED")
-    sys.exit(failures > 0)
 
 
 if __name__ == "__main__":

@@ -311,13 +311,36 @@ cudaError_t run(const cudaLaunchConfig_t & config, const std::function<void()> &
 
 } // namespace emulation
 
+namespace emulation {
+
+namespace {
+
+Work * captured = nullptr; // what runs is put off while there is one
+
+} // namespace
+
+int32_t run_now_or_later(std::function<int32_t()> step) {
+    if (captured == nullptr) {
+        return step();
+    }
+    captured->push_back(std::move(step));
+    return 0;
+}
+
+} // namespace emulation
+
 namespace fasa::gpu {
 
 struct Device {};
 
+struct Capture {
+    emulation::Work work;
+};
+
 namespace {
 
-Device only;
+Device          only;
+emulation::Work being_captured;
 
 // An older device or a newer one, by chance. Few multiprocessors, so that thread blocks have to take turns; a cache so
 // small that calls ahead end inside a matrix.
@@ -327,7 +350,7 @@ Queue some_queue() {
 }
 
 template <cudaError_t (*LAUNCH)(const Node &, const Queue &)> int32_t phase(Device *, const Node * node) {
-    return LAUNCH(*node, some_queue());
+    return emulation::run_now_or_later([node = *node] { return LAUNCH(node, some_queue()); });
 }
 
 int32_t move(Device *, void * to, const void * from, size_t bytes) {
@@ -335,12 +358,21 @@ int32_t move(Device *, void * to, const void * from, size_t bytes) {
     return 0;
 }
 
+int32_t end_capture(Device *, Capture ** inout) {
+    emulation::captured = nullptr;
+    *inout              = *inout != nullptr ? *inout : new Capture;
+    (*inout)->work      = std::move(being_captured);
+    return 0;
+}
+
 const Api kApi = [] {
-    Api api        = {};
-    api.version    = kApiVersion;
-    api.node_bytes = sizeof(Node);
-    api.error_text = [](int32_t) { return "a kernel was launched with a shape that no device takes"; };
-    api.open       = [](const void *, Device ** out) {
+    Api api           = {};
+    api.version       = kApiVersion;
+    api.node_bytes    = sizeof(Node);
+    api.error_text    = [](int32_t) { return "a kernel was launched with a shape that no device takes"; };
+    api.device_count  = [] { return 1; };
+    api.architectures = [] { return "emulation"; };
+    api.open          = [](const void *, Device ** out) {
         *out = &only;
         return 0;
     };
@@ -349,25 +381,43 @@ const Api kApi = [] {
         const bool ok = posix_memalign(out, 256, bytes) == 0; // its end is the one that was asked for
         return ok ? (std::memset(*out, 0, bytes), 0) : 1;
     };
-    api.release       = [](Device *, void * memory) { std::free(memory); };
-    api.upload        = move;
-    api.download      = move;
-    api.copy          = move;
+    api.release  = [](Device *, void * memory) { std::free(memory); };
+    api.upload   = move;
+    api.download = move;
+    api.copy     = [](Device *, void * to, const void * from, size_t bytes) {
+        return emulation::run_now_or_later([=] { return move(nullptr, to, from, bytes); });
+    };
     api.allocate_host = api.allocate;
     api.release_host  = api.release;
     api.is_idle       = [](Device *) { return true; };
     api.wait          = [](Device *) { return 0; };
+    api.wait_event    = [](Device *, void *) { return 0; };
+    api.record_event  = api.wait_event;
     api.transfer      = [](Device *, const Transfer * pieces, int32_t n, int64_t cell, int32_t back) {
         return static_cast<int32_t>(launch_transfer(pieces, n, cell, back != 0, some_queue()));
     };
     api.rebuild = [](Device *, const Node * node, int64_t first_block, int32_t max_block_bytes, int64_t * n_different) {
         return static_cast<int32_t>(launch_rebuild(*node, first_block, max_block_bytes, n_different, some_queue()));
     };
-    api.prepare = phase<launch_prepare>;
-    api.encode  = phase<launch_encode>;
-    api.score   = phase<launch_score>;
-    api.select  = phase<launch_select>;
-    api.attend  = phase<launch_attend>;
+    api.prepare       = phase<launch_prepare>;
+    api.encode        = phase<launch_encode>;
+    api.score         = phase<launch_score>;
+    api.select        = phase<launch_select>;
+    api.attend        = phase<launch_attend>;
+    api.begin_capture = [](Device *) {
+        being_captured.clear();
+        emulation::captured = &being_captured;
+        return 0;
+    };
+    api.end_capture = end_capture;
+    api.launch      = [](Device *, Capture * capture) {
+        int32_t error = 0;
+        for (const auto & step : capture->work) {
+            error = error == 0 ? step() : error;
+        }
+        return error;
+    };
+    api.free_capture = [](Capture * capture) { delete capture; };
     return api;
 }();
 
@@ -375,4 +425,4 @@ const Api kApi = [] {
 
 } // namespace fasa::gpu
 
-extern "C" const fasa::gpu::Api * fasa_cuda_api() { return &fasa::gpu::kApi; }
+extern "C" __attribute__((visibility("default"))) const fasa::gpu::Api * fasa_cuda_api() { return &fasa::gpu::kApi; }
