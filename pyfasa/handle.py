@@ -71,7 +71,8 @@ class Fasa:
     scored; None: the profile's own number), ``index_bits`` (1, 2, 4 or 8 for all chunks; None: the profile's own),
     ``min_ctx`` (visible cells below which a token is dense), ``max_rows`` (query rows up to which a batch is decoding),
     ``sinks`` and ``recent`` (first and last visible tokens, always attended), ``enabled``, ``verify`` (recompute the
-    side index before each use and compare; slow). A value out of range raises ValueError and changes nothing.
+    side index before each use and compare; slow), ``head_start`` (on a GPU, a token may begin before llama.cpp has set
+    all of its inputs; the results are the same). A value out of range raises ValueError and changes nothing.
     """
 
     def __init__(

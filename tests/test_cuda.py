@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,28 @@ def test_selecting_pays_later_on_a_gpu() -> None:
     assert make_config(budget=100, min_ctx=300, pays_from=7).min_ctx == 300
 
 
+def test_a_head_start_can_be_switched_off(llm: Any) -> None:
+    """And does nothing where there is no GPU."""
+    assert llm.fasa.head_start
+    for head_start in (True, False):
+        llm.fasa.head_start = head_start
+        assert llm.fasa.head_start == head_start
+        llm.reset()
+        llm.eval([1, 2, 3])
+        for token in range(4, 10):
+            llm.eval([token])
+    llm.fasa.head_start = True
+    if not has_gpu:
+        assert llm.fasa.counters.head_starts == llm.fasa.counters.head_starts_undone == 0
+
+
 @pytest.mark.skipif(not has_gpu, reason="llama.cpp has no CUDA device here")
-def test_a_model_on_the_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["check", "head_start"])
+def test_a_model_on_the_gpu(script: str) -> None:
     model = next((ROOT / "models").glob("*.gguf"))
     check = subprocess.run(
-        [sys.executable, ROOT / "tests" / "gpu" / "check.py", model], capture_output=True, text=True
+        [sys.executable, ROOT / "tests" / "gpu" / f"{script}.py", model],
+        capture_output=True,
+        text=True,
     )
     assert check.returncode == 0, check.stdout

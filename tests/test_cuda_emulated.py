@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import emulated
+from test_cuda import has_gpu
 
 SCRIPTS = ("check", "head_start")
 FOLDER = Path(__file__).parent / "gpu"
 
 pytestmark = [
+    pytest.mark.skipif(has_gpu, reason="llama.cpp has a CUDA device here"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulation is built on Linux only"),
     pytest.mark.skipif(emulated.compiler() is None, reason="the emulation needs a C++ compiler"),
 ]

@@ -89,13 +89,15 @@ Embedding embedding_of(ggml_cgraph * graph, ggml_backend_buffer_t * buffer) {
 bool HeadStart::arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream, const Cells & cells, void * totals) {
     disarm();
     stream_ = stream, first_cell_ = cells.first, n_kv_ = cells.n_kv, n_cell_ = cells.n;
-    if (!find(graph) || !list_transfers(totals)) {
-        disarm();
-        return false;
-    }
     n_right_ = 0, n_needed_ = kFewest;
-    is_armed_ = true;
-    return true;
+    try {
+        is_armed_ = find(graph) && list_transfers(totals);
+    } catch (const std::bad_alloc &) { // then tokens begin when they would have
+    }
+    if (!is_armed_) {
+        disarm();
+    }
+    return is_armed_;
 }
 
 void HeadStart::disarm() {
@@ -172,14 +174,10 @@ bool HeadStart::list_transfers(void * totals) {
     const int64_t n_mask =
         std::count_if(given_.begin(), given_.end(), [](const Given & g) { return g.role == Role::mask; });
     const int64_t bytes = given_.back().at + aligned(given_.back().bytes) + n_mask * (n_cell_ - n_kv_) * kMaskBytes;
-    try {
-        told_.reserve(stream_, bytes);
-        masks_.reserve(stream_, bytes);
-        kept_.reserve(stream_, kept);
-        transfers_.reserve(stream_, static_cast<int64_t>(rows_.size() + given_.size()));
-    } catch (const std::bad_alloc &) {
-        return false;
-    }
+    told_.reserve(stream_, bytes);
+    masks_.reserve(stream_, bytes);
+    kept_.reserve(stream_, kept);
+    transfers_.reserve(stream_, static_cast<int64_t>(rows_.size() + given_.size()));
     std::vector<Transfer> all  = rows_;
     uint8_t *             next = kept_.get();
     for (Transfer & row : all) {
