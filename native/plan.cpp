@@ -138,6 +138,10 @@ bool is_view_op(const ggml_tensor * t) {
            t->op == GGML_OP_TRANSPOSE;
 }
 
+bool is_computed(const ggml_tensor * node) {
+    return (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !is_view_op(node);
+}
+
 const ggml_tensor * before_cast(const ggml_tensor * t) {
     return t->op == GGML_OP_CPY && t->src[0]->type == GGML_TYPE_F32 ? t->src[0] : t;
 }

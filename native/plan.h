@@ -66,6 +66,9 @@ struct PlanContext {
 // Nodes that compute nothing: views of another tensor, and inputs.
 bool is_view_op(const ggml_tensor * t);
 
+// Whether a graph's node is there to be computed, and does something.
+bool is_computed(const ggml_tensor * node);
+
 // llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.
 const ggml_tensor * before_cast(const ggml_tensor * t);
 

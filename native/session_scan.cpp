@@ -35,7 +35,7 @@ void Session::scan(ggml_cgraph * graph) {
     ggml_tensor * const * nodes   = ggml_graph_nodes(graph);
     for (int i = 0; i < n_nodes; ++i) {
         ggml_tensor * node = nodes[i];
-        if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
+        if (!is_computed(node)) {
             continue;
         }
         if (node->op == GGML_OP_FLASH_ATTN_EXT) {

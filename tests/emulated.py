@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "native" / "cuda" / "tests" / "emulation"
-KERNELS = ("attend", "index", "score", "select", "transfer")
+KERNELS = sorted(p.stem for p in (ROOT / "native" / "cuda").glob("*.cu") if p.stem != "device")
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-fvisibility=hidden", "-ffunction-sections"]
 FLAGS += ["-ffp-contract=off", "-fno-strict-aliasing"]  # the index has the bytes of the CPU's
 NAME = "libpyfasa_cuda.so"  # where pyfasa looks for the kernels

@@ -96,11 +96,14 @@ EXPERT_BIASES: Weights = {
     "ffn_up_exps.bias": Weight(("experts", "ff")),
     "ffn_down_exps.bias": Weight(("experts", "width"), gain=0.1),
 }
-MXFP4_EXPERTS: Weights = {
-    name: replace(weight, type=gguf.GGMLQuantizationType.MXFP4)
-    for name, weight in EXPERTS.items()
-    if "exps" in name
-}
+
+
+def quantized_experts(kind: gguf.GGMLQuantizationType) -> Weights:
+    """The experts' own matrices in another type."""
+    return {name: replace(w, type=kind) for name, w in EXPERTS.items() if "exps" in name}
+
+
+MXFP4_EXPERTS = quantized_experts(gguf.GGMLQuantizationType.MXFP4)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,6 @@ bool is_scratch(const ggml_tensor * root) {
     return root->buffer != nullptr && ggml_backend_buffer_get_usage(root->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE;
 }
 
-bool is_computed(const ggml_tensor * node) {
-    return (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !is_view_op(node);
-}
-
 template <typename T> T increase(uint8_t * at) {
     T x;
     std::memcpy(&x, at, sizeof(T));
@@ -184,12 +180,10 @@ bool HeadStart::list_transfers(void * totals) {
         row.to = next;
         next += aligned(row.bytes);
     }
-    n_kept_ = static_cast<int32_t>(all.size());
     for (const Given & g : given_) {
         const bool mask = g.role == Role::mask;
         all.push_back({(mask ? masks_.get() : told_.get()) + g.at, g.data, g.bytes, 0, 0, mask ? g.bytes_per_cell : 0});
     }
-    n_transfer_ = static_cast<int32_t>(all.size());
     return api->upload(stream_->device(), transfers_.get(), all.data(), all.size() * sizeof(Transfer)) == 0;
 }
 
@@ -247,7 +241,8 @@ bool HeadStart::begin() {
             ok = ok && api->upload(device, masks_.get() + g.at, told_.get() + g.at, static_cast<size_t>(g.bytes)) == 0;
         }
     }
-    has_begun_ = under_way_ = ok && api->transfer(device, transfers_.get(), n_transfer_, cell_, 0) == 0;
+    has_begun_ = under_way_ = ok && api->transfer(device, transfers_.get(),
+                                                  static_cast<int32_t>(rows_.size() + given_.size()), cell_, 0) == 0;
     return under_way_;
 }
 
@@ -289,7 +284,8 @@ bool HeadStart::arrive() {
 bool HeadStart::undo() {
     const Api * api    = stream_->api();
     Device *    device = stream_->device();
-    bool        ok     = api->wait(device) == 0 && api->transfer(device, transfers_.get(), n_kept_, cell_, 1) == 0;
+    bool        ok     = api->wait(device) == 0 &&
+                         api->transfer(device, transfers_.get(), static_cast<int32_t>(rows_.size()), cell_, 1) == 0;
     for (Given & g : given_) {
         if (g.is_set) {
             ok = ok && api->upload(device, g.data, told_.get() + g.at, static_cast<size_t>(g.bytes)) == 0;

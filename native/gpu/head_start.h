@@ -87,7 +87,6 @@ class HeadStart {
     std::vector<ggml_backend_buffer_t> buffers_;
     std::vector<Transfer>              rows_; // that the graph overwrites; `to` is empty
     int64_t                            first_cell_ = 0, n_kv_ = 0, n_cell_ = 0, cell_ = -1;
-    int32_t                            n_transfer_ = 0, n_kept_ = 0;
     Pinned                             told_; // inputs as foretold
     Memory<uint8_t>                    masks_, kept_;
     Memory<Transfer>                   transfers_; // what is kept, then inputs

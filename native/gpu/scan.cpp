@@ -63,7 +63,7 @@ void Decoder::scan(ggml_cgraph * graph, const Settings & s, Graph * out) {
     learn(graph, s);
     for (int i = 0; i < n_nodes; ++i) {
         ggml_tensor * node = ggml_graph_node(graph, i);
-        if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || is_view_op(node)) {
+        if (!is_computed(node)) {
             continue;
         }
         out->waits |= waits_for_device(node);

@@ -18,7 +18,9 @@ import gguf
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+
+from check import expect, finish  # noqa: E402
 
 import zoo  # noqa: E402
 from pyfasa.native import Config  # noqa: E402
@@ -29,19 +31,6 @@ TOKENS = random_tokens(4000, seed=5)
 CONFIG = Config(budget=64, min_ctx=128, sinks=2, recent=8)
 SHAPES = (NORM, Shape(n_head=6), Shape("qwen3", n_head=4, n_head_kv=1, head_dim=128, n_rot=128))
 SMALL = (Shape(n_head=1, n_head_kv=1),)
-QUANTIZED = {
-    name: replace(weight, type=gguf.GGMLQuantizationType.Q8_0)
-    for name, weight in zoo.EXPERTS.items()
-    if "exps" in name
-}
-
-failures = 0
-
-
-def expect(what: str, ok: bool, detail: object = "") -> None:
-    global failures
-    failures += not ok
-    print(f"{'ok   ' if ok else 'FAIL '} {what} {detail}", flush=True)
 
 
 def steps(live: Context, n: int, seq: int = 0) -> Iterator[F32]:
@@ -187,7 +176,7 @@ def models(folder: Path, quick: bool) -> Iterator[tuple[Shape, Path, bool]]:
     for shape in SMALL if quick else SHAPES:
         yield shape, write_model(folder / f"{shape}.gguf", shape), True
     heads = {"n_head": 2, "n_head_kv": 1} if quick else {}
-    layer = zoo.BY_NAME["qwen3moe"].layer | QUANTIZED
+    layer = zoo.BY_NAME["qwen3moe"].layer | zoo.quantized_experts(gguf.GGMLQuantizationType.Q8_0)
     path = zoo.write(folder / "q8.gguf", "qwen3moe", layer=layer, **heads)
     yield Shape("quantized experts", **heads), path, True
     path = zoo.write(folder / "f32.gguf", "qwen3moe", **heads)
@@ -217,8 +206,7 @@ def main() -> None:
                 for j, scene in enumerate(SCENES[1:2] if quick and i > 0 else SCENES):
                     for setup in SETUPS[j % 3 : j % 3 + 1] if quick else SETUPS:
                         compare(model, scene, begins, setup)
-    print("all as it should be" if failures == 0 else f"{failures} FAILED")
-    sys.exit(failures > 0)
+    finish()
 
 
 if __name__ == "__main__":

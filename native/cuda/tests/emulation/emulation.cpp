@@ -309,10 +309,6 @@ cudaError_t run(const cudaLaunchConfig_t & config, const std::function<void()> &
     return cudaSuccess;
 }
 
-} // namespace emulation
-
-namespace emulation {
-
 namespace {
 
 Work * captured = nullptr; // what runs is put off while there is one
