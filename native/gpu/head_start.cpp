@@ -88,7 +88,8 @@ bool HeadStart::arm(ggml_cgraph * graph, const std::shared_ptr<Stream> & stream,
     n_right_ = 0, n_needed_ = kFewest;
     try {
         is_armed_ = find(graph) && list_transfers(totals);
-    } catch (const std::bad_alloc &) { // then tokens begin when they would have
+    } catch (const std::bad_alloc &) {
+        is_armed_ = false; // tokens begin when they would have
     }
     if (!is_armed_) {
         disarm();
