@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <functional>
 #include <thread>
 
 #include "clock.h"
@@ -63,154 +64,186 @@ void score_part(const NodeWork & w, const Row & row, const SideIndex::Part & par
 
 // ---- how threads share a row -----------------------------------------------------------------------------------
 
-// Whole tasks per thread when at most a fifth of the threads' time would be spent waiting for the last one.
-bool divides_well(int n_task, int nth) {
-    const int rounds = (n_task + nth - 1) / nth;
-    return rounds * nth * 4 <= n_task * 5;
-}
-
-// select and attend where there is one thread; the result is written.
-void run_heads(const NodeWork & w, const Row & row, StageClock & clock) {
-    for (int64_t h = 0; h < w.plan.n_head; ++h) {
-        select_head(w, row, h);
-        clock.to(w.timings->select);
-        attend_part(w, row, h, 0, 1);
-        finish(w, state_of(w, h, 0), h, row);
-        clock.to(w.timings->attend);
-    }
-}
-
-// A thread's share: KV heads whole when they divide well, which needs no barrier after score and keeps a head's scores
-// in its thread's cache; else a range of the blocks of all heads, one head after the other, so that few heads' queries
-// are prepared by several threads and a new cell is indexed by several; then a range of query heads to select for.
-struct Share {
-    bool    whole_kv_heads;
-    int64_t stream, n_block; // none when all its rows attend all that they see
-    int64_t first, last;     // KV heads; or blocks of KV head 0, of KV head 1, ...
-    int64_t h0, h1;          // query heads
-
-    // f(part) for as few parts as there can be.
-    template <typename F> void for_parts(F && f) const {
-        if (whole_kv_heads) {
-            f({stream, 0, n_block, static_cast<int32_t>(first), static_cast<int32_t>(last)});
-            return;
-        }
-        for (int64_t at = first; at < last;) {
-            const int64_t h = at / n_block, end = std::min(last, (h + 1) * n_block);
-            f({stream, at - h * n_block, end - h * n_block, static_cast<int32_t>(h), static_cast<int32_t>(h + 1)});
-            at = end;
-        }
-    }
-};
-
-Share share_of(const NodeWork & w, int64_t stream, int ith, int nth) {
-    const int64_t n_head = w.plan.n_head, n_head_kv = w.plan.n_head_kv, group = n_head / n_head_kv;
-    const int64_t n_block = w.plan.n_block[stream], of_cache = w.plan.first_stream + stream;
-    const auto    begin = [&](int64_t n, int thread) { return n * thread / nth; };
-    if (divides_well(w.plan.n_head_kv, nth)) {
-        const int64_t k0 = begin(n_head_kv, ith), k1 = begin(n_head_kv, ith + 1);
-        return {true, of_cache, n_block, k0, k1, k0 * group, k1 * group};
-    }
-    const int64_t n = n_head_kv * n_block;
-    return {false, of_cache, n_block, begin(n, ith), begin(n, ith + 1), begin(n_head, ith), begin(n_head, ith + 1)};
-}
-
-// Parts of each head's selection, merged at the end. A thread that is done with its own takes parts of others: cores
-// are not equally fast, and those that wait are lost. Who does a part does not change the result. Behind the second
-// barrier nobody needs scores or cells: the next row may overwrite them.
-void run_splits(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
-    const int n_split = std::clamp((8 * nth + w.plan.n_head - 1) / w.plan.n_head, 2, Scratch::kMaxSplits);
-    for (int64_t h = share.h0; h < share.h1; ++h) {
-        select_head(w, row, h);
-    }
-    clock.to(w.timings->select);
-    w.scratch->next[ith].part.store(0, std::memory_order_relaxed); // all have left the row before at its last barrier
-    w.barrier->wait(nth);
-    clock.to(w.timings->wait);
-    for (int i = 0; i < nth; ++i) {
-        const int   owner = (ith + i) % nth;
-        const Share of    = share_of(w, row.stream, owner, nth);
-        auto &      next  = w.scratch->next[owner].part;
-        const auto  n     = static_cast<int>(of.h1 - of.h0) * n_split;
-        for (int part = next.fetch_add(1); part < n; part = next.fetch_add(1)) {
-            attend_part(w, row, of.h0 + part / n_split, part % n_split, n_split);
-        }
-    }
-    clock.to(w.timings->attend);
-    w.barrier->wait(nth);
-    clock.to(w.timings->wait);
-    for (int64_t h = share.h0; h < share.h1; ++h) {
-        const State s = state_of(w, h, 0);
-        for (int split = 1; split < n_split; ++split) {
-            merge(s, state_of(w, h, split), w.node->ne[0]);
-        }
-        finish(w, s, h, row);
-    }
-    clock.to(w.timings->attend);
-}
-
-void run_row(const NodeWork & w, const Row & row, const Share & share, int ith, int nth, StageClock & clock) {
-    if (!row.attend_all) {
-        share.for_parts([&](const SideIndex::Part & part) { score_part(w, row, part, clock); });
-    }
-    if (!share.whole_kv_heads) {
-        w.barrier->wait(nth);
-        clock.to(w.timings->wait);
-    }
-    if (nth == 1) {
-        run_heads(w, row, clock);
-    } else {
-        run_splits(w, row, share, ith, nth, clock);
-    }
-    int64_t n = 0;
-    for (int64_t h = share.h0; h < share.h1; ++h) {
-        n += w.scratch->n_selected[h];
-    }
-    const fasa_kv kv = kv_of(w, 0, row);
-    *w.n_attended += n;
-    *w.bytes_attended += n * (kv_row_bytes(kv.k_type, kv.k_dim) + kv_row_bytes(kv.v_type, kv.v_dim));
-}
-
-void run_sparse(const NodeWork & w, int ith, int nth) {
-    StageClock clock(ith == 0);
-    int64_t    stream = -1;
-    for (const Row & row : w.plan.rows) {
-        const Share share = share_of(w, row.stream, ith, nth);
-        if (row.stream != stream) {
-            stream = row.stream;
-            share.for_parts([&](const SideIndex::Part & part) { refresh_part(w, part, clock); });
-        }
-        run_row(w, row, share, ith, nth, clock);
-    }
-}
-
-} // namespace
-
-void SpinBarrier::wait(int n_threads) {
-    const int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
-        arrived_.store(0, std::memory_order_relaxed);
-        round_.store(round + 1, std::memory_order_release);
-        return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-        if (spins > 20000) { // about 0.3 ms: somebody else has the core
+// Times out of sleep are long: who waits gives its core away only after about 0.3 ms.
+class Patience {
+  public:
+    void pause() {
+        if (++spins_ > 20000) {
             std::this_thread::yield();
-            continue;
+            return;
         }
 #if defined(__x86_64__)
         _mm_pause();
 #endif
     }
+
+  private:
+    int spins_ = 0;
+};
+
+// One thread at a row's tasks: score for a chunk of a KV head's blocks, select for a query head when its KV head is
+// scored, attend for a part of a selection, and whoever ends a head's last part merges them. A thread takes the tasks
+// of its own share first, then others': cores are not equally fast, some begin late, and who waits is lost. Who does a
+// task does not change the result.
+class RowTasks {
+  public:
+    RowTasks(const NodeWork & w, const Row & row, bool refresh, int ith, int nth, StageClock & clock)
+        : w_(w), row_(row), refresh_(refresh), ith_(ith), nth_(nth), clock_(clock), n_head_(w.plan.n_head),
+          group_(w.plan.n_head / w.plan.n_head_kv), n_block_(w.plan.n_block[row.stream]), n_split_(splits(w, nth)) {}
+
+    void run() {
+        for (int i = 0; i < nth_; ++i) {
+            score_share_of((ith_ + i) % nth_);
+        }
+        Patience patience;
+        for (bool left = true; left;) {
+            left     = false;
+            bool any = false;
+            for (int64_t i = 0, own = n_head_ * ith_ / nth_; i < n_head_; ++i) {
+                const int64_t h = (own + i) % n_head_;
+                any             = work_on(h) || any;
+                left            = left || w_.scratch->heads[h].next.load(std::memory_order_relaxed) < n_split_;
+            }
+            if (left && !any) {
+                patience.pause();
+                clock_.to(w_.timings->wait);
+            }
+        }
+        const fasa_kv kv = kv_of(w_, 0, row_);
+        *w_.n_attended += n_attended_;
+        *w_.bytes_attended += n_attended_ * (kv_row_bytes(kv.k_type, kv.k_dim) + kv_row_bytes(kv.v_type, kv.v_dim));
+    }
+
+  private:
+    // Parts of a head's selection: some more than there are threads, so that the last ones end together.
+    static int splits(const NodeWork & w, int nth) {
+        const auto n_head = static_cast<int>(w.plan.n_head);
+        return nth == 1 ? 1 : std::clamp((8 * nth + n_head - 1) / n_head, 2, Scratch::kMaxSplits);
+    }
+
+    // A thread's share of the blocks of KV head 0, of KV head 1, ..., in chunks that others may take.
+    void score_share_of(int owner) {
+        constexpr int64_t kChunks = 4, kFewest = 64; // each prepares the queries anew, so none is small
+        const int64_t     n = w_.plan.n_head_kv * n_block_, first = n * owner / nth_, last = n * (owner + 1) / nth_;
+        const int64_t     chunk = std::max((last - first + kChunks - 1) / kChunks, kFewest);
+        auto &            taken = w_.scratch->shares[owner].taken;
+        while (taken.load(std::memory_order_relaxed) * chunk < last - first) {
+            const int64_t begin = first + taken.fetch_add(1, std::memory_order_relaxed) * chunk;
+            for (int64_t at = begin, end = std::min(last, begin + chunk); at < end;) {
+                const int64_t h = at / n_block_, stop = std::min(end, (h + 1) * n_block_);
+                score_part({w_.plan.first_stream + row_.stream, at - h * n_block_, stop - h * n_block_,
+                            static_cast<int32_t>(h), static_cast<int32_t>(h + 1)});
+                w_.scratch->kv_heads[h].scored.fetch_add(stop - at, std::memory_order_release);
+                at = stop;
+            }
+        }
+    }
+
+    void score_part(const SideIndex::Part & part) {
+        if (refresh_) {
+            fasa::refresh_part(w_, part, clock_);
+        }
+        if (!row_.attend_all) {
+            fasa::score_part(w_, row_, part, clock_);
+        }
+    }
+
+    // What can be begun of a query head now; false when that is nothing.
+    bool work_on(int64_t head) {
+        Scratch::Head & h = w_.scratch->heads[head];
+        if (!h.selected.load(std::memory_order_acquire)) {
+            const auto & scored = w_.scratch->kv_heads[head / group_].scored;
+            if (scored.load(std::memory_order_acquire) < n_block_ || h.begun.load(std::memory_order_relaxed) ||
+                h.begun.exchange(true, std::memory_order_relaxed)) {
+                return false;
+            }
+            select_head(w_, row_, head);
+            h.selected.store(true, std::memory_order_release);
+            clock_.to(w_.timings->select);
+        }
+        bool any = false;
+        while (h.next.load(std::memory_order_relaxed) < n_split_) {
+            const int part = h.next.fetch_add(1, std::memory_order_relaxed);
+            if (part < n_split_) {
+                attend_part(w_, row_, head, part, n_split_);
+                if (h.ended.fetch_add(1, std::memory_order_acq_rel) + 1 == n_split_) {
+                    end(head);
+                }
+                any = true;
+            }
+        }
+        clock_.to(any ? w_.timings->attend : w_.timings->wait);
+        return any;
+    }
+
+    void end(int64_t head) {
+        const State s = state_of(w_, head, 0);
+        for (int split = 1; split < n_split_; ++split) {
+            merge(s, state_of(w_, head, split), w_.node->ne[0]);
+        }
+        finish(w_, s, head, row_);
+        n_attended_ += w_.scratch->n_selected[head];
+    }
+
+    const NodeWork & w_;
+    const Row &      row_;
+    bool             refresh_;
+    int              ith_, nth_;
+    StageClock &     clock_;
+    int64_t          n_head_, group_, n_block_; // no blocks when all rows of the stream attend all that they see
+    int              n_split_;
+    int64_t          n_attended_ = 0;
+};
+
+void run_sparse(const NodeWork & w, int ith, int nth) {
+    StageClock clock(ith == 0);
+    int64_t    stream = -1;
+    for (const Row & row : w.plan.rows) {
+        RowTasks(w, row, row.stream != stream, ith, nth, clock).run();
+        stream = row.stream;
+        // Behind it nobody needs scores or cells: the next row may overwrite them.
+        w.barrier->wait(nth, [&] { w.scratch->begin_row(nth); });
+        clock.to(w.timings->wait);
+    }
 }
 
-void Scratch::reserve(int64_t heads, int64_t blocks) {
-    if (heads <= n_head && blocks <= n_block) {
+} // namespace
+
+void SpinBarrier::wait(int n_threads, const std::function<void()> & last) {
+    const int round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
+        last();
+        arrived_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
         return;
     }
-    const int64_t head = std::max(heads, n_head);
+    for (Patience patience; round_.load(std::memory_order_acquire) == round;) {
+        patience.pause();
+    }
+}
+
+void Scratch::begin_row(int n_threads) {
+    for (int i = 0; i < n_threads; ++i) {
+        shares[i].taken.store(0, std::memory_order_relaxed);
+    }
+    for (KvHead & head : kv_heads) {
+        head.scored.store(0, std::memory_order_relaxed);
+    }
+    for (Head & head : heads) {
+        head.begun.store(false, std::memory_order_relaxed);
+        head.selected.store(false, std::memory_order_relaxed);
+        head.next.store(0, std::memory_order_relaxed);
+        head.ended.store(0, std::memory_order_relaxed);
+    }
+}
+
+void Scratch::reserve(int64_t least_head, int64_t least_block) {
+    if (least_head <= n_head && least_block <= n_block) {
+        return;
+    }
+    const int64_t head = std::max(least_head, n_head);
     // n_kv grows by 256 cells at a time; growing by a quarter spares most of the reallocations.
-    const int64_t block = blocks <= n_block ? n_block : std::max(blocks, n_block + n_block / 4);
+    const int64_t block = least_block <= n_block ? n_block : std::max(least_block, n_block + n_block / 4);
     n_head = n_block = 0;
     scores           = make_aligned<float>(head * block * FASA_BLOCK_CELLS);
     peaks            = make_aligned<float>(head * block * FASA_PEAKS);
@@ -218,8 +251,10 @@ void Scratch::reserve(int64_t heads, int64_t blocks) {
     cells            = make_aligned<int32_t>(head * block * FASA_BLOCK_CELLS);
     states           = make_aligned<float>(head * kMaxSplits * (2 + FASA_MAX_HEAD_DIM));
     n_selected.assign(head, 0);
-    n_head  = head;
-    n_block = block;
+    heads    = std::vector<Head>(head);
+    kv_heads = std::vector<KvHead>(head);
+    n_head   = head;
+    n_block  = block;
 }
 
 void run_node(ggml_tensor *, int ith, int nth, void * userdata) {

@@ -4,6 +4,7 @@
 #include <ggml.h>
 
 #include <atomic>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -15,7 +16,8 @@ namespace fasa {
 // All threads of the backend run a custom op at once, without a barrier of their own.
 class SpinBarrier {
   public:
-    void wait(int n_threads);
+    // Who comes last calls `last` while the others still wait.
+    void wait(int n_threads, const std::function<void()> & last);
 
   private:
     std::atomic<int> arrived_{0};
@@ -33,14 +35,25 @@ struct Scratch {
     int64_t              n_head = 0, n_block = 0;
     std::vector<int64_t> n_selected;
 
-    struct alignas(64) Next { // of a thread's parts of selections, which others may take; each in its own cache line
-        std::atomic<int> part{0};
+    // What is done of a row, each in its own cache line; all zero before it begins.
+    struct alignas(64) Share {         // of a thread
+        std::atomic<int64_t> taken{0}; // chunks
+    };
+    struct alignas(64) KvHead {
+        std::atomic<int64_t> scored{0}; // blocks
+    };
+    struct alignas(64) Head {
+        std::atomic<bool> begun{false}, selected{false};
+        std::atomic<int>  next{0}, ended{0}; // parts of its selection
     };
     static constexpr int kMaxThreads = 512; // GGML_MAX_N_THREADS
-    std::vector<Next>    next        = std::vector<Next>(kMaxThreads);
+    std::vector<Share>   shares      = std::vector<Share>(kMaxThreads);
+    std::vector<KvHead>  kv_heads;
+    std::vector<Head>    heads;
 
     static constexpr int kMaxSplits = 64;
     void                 reserve(int64_t n_head, int64_t n_block);
+    void                 begin_row(int n_threads);
 };
 
 struct NodeWork {
