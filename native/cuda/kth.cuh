@@ -101,8 +101,9 @@ struct Binning {
 };
 
 // The bin in which the k-th largest value of all blocks lies, sh.bin, which has sh.count of them; sh.all.above: how
-// many are in higher bins, sh.before.above: of blocks before this one.
-template <int BLOCKS> __device__ void find_bin(Selection & sh, Block & block, const Cluster<BLOCKS> & cluster, int k) {
+// many are in higher bins, sh.before.above: of blocks before this one. Returns how many were counted; when these are
+// fewer than k there is no such bin.
+template <int BLOCKS> __device__ int find_bin(Selection & sh, Block & block, const Cluster<BLOCKS> & cluster, int k) {
     // Thread t has the bins 2047 - 2t and 2046 - 2t: sums run from the highest bin down. Those of blocks before this
     // one are in the upper half of a word.
     const int high = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
@@ -122,6 +123,7 @@ template <int BLOCKS> __device__ void find_bin(Selection & sh, Block & block, co
         sh.bin = high - 1, sh.count = all(b), sh.all.above = all(between), sh.before.above = of_before(between);
     }
     __syncthreads();
+    return all(total);
 }
 
 // The k-th largest of the values of that bin, at most kList: sh.result. Each thread ranks one. sh.all and sh.before

@@ -67,25 +67,24 @@ template <int BLOCKS> __device__ int list_marked(Selection & sh, Block & block, 
     return total;
 }
 
-// Writes up to `limit` of the cells that a warp's lanes took in turns, as write_cells does. Counts of the context fit
-// in half a word.
-template <int N>
-__device__ void write_listed(const Selection & sh, Block & block, const Registers<N> & values, int limit,
-                             const int32_t * cells, int32_t * out) {
+// Writes up to `limit` of the cells that a warp's lanes took in turns, as write_cells does. all, in_blocks_before: how
+// many of them are above t and equal it. Counts of the context fit in half a word.
+template <int N, typename Cell>
+__device__ void write_in_turns(Block & block, const Registers<N> & values, float t, const Counts & all,
+                               const Counts & in_blocks_before, int limit, int32_t * out, Cell && cell) {
     const uint32_t before_lane = (1u << threadIdx.x % 32) - 1;
-    const float    t           = sh.result;
     int            own         = 0;
     values.each([&](float x, int) { own += (x > t ? 1 << 16 : 0) | (x == t ? 1 : 0); });
     int       total;
     const int before  = block.sum_of_warps_before(threadIdx.x % 32 == 0, warp_total(own), &total);
-    const int n_equal = limit - sh.all.above;
-    int       at = sh.before.above + (before >> 16), equals = sh.before.equal + (before & 0xffff);
-    if (n_equal == sh.all.equal) { // as nearly always: all that equal the threshold are selected
+    const int n_equal = limit - all.above;
+    int       at = in_blocks_before.above + (before >> 16), equals = in_blocks_before.equal + (before & 0xffff);
+    if (n_equal == all.equal) { // as nearly always: all that equal the threshold are selected
         at += equals;
         values.each([&](float x, int i) {
             const uint32_t reach = __ballot_sync(~0u, x >= t);
             if (x >= t) {
-                out[at + __popc(reach & before_lane)] = cells[32 * i];
+                out[at + __popc(reach & before_lane)] = cell(i);
             }
             at += __popc(reach);
         });
@@ -95,7 +94,7 @@ __device__ void write_listed(const Selection & sh, Block & block, const Register
         const uint32_t above = __ballot_sync(~0u, x > t), equal = __ballot_sync(~0u, x == t);
         const int      of_equals = equals + __popc(equal & before_lane);
         if (x > t || (x == t && of_equals < n_equal)) {
-            out[at + __popc(above & before_lane) + min(of_equals, n_equal)] = cells[32 * i];
+            out[at + __popc(above & before_lane) + min(of_equals, n_equal)] = cell(i);
         }
         at += __popc(above), equals += __popc(equal);
     });
@@ -107,15 +106,22 @@ struct Best {
     float least;    // selected, if found
 };
 
+// What is counted in bins behind a filter: their threshold should be a quarter of the way up, so that no reduction has
+// to find a range. Rounding of the two means may put the level an ulp below the mark; a range that falls would have
+// bins before the first.
+__device__ inline Range foretold(const Filter & passed) {
+    return {passed.mark, passed.mark + 4.0f * fmaxf(passed.level - passed.mark, 0.0f)};
+}
+
+// Whether the bin of the threshold says what it is: the last one has all that lies above.
+__device__ inline bool tells(const Selection & sh) { return sh.bin < kBins - 1 && sh.count <= kList; }
+
 // The best of all marked cells, of which this block has listed n. A warp has 32 N that follow each other, which its
-// lanes take in turns: neighbours are near in memory. Bins are counted over a range of which their threshold should be
-// a quarter of the way up, so that no reduction has to find one.
+// lanes take in turns: neighbours are near in memory.
 template <int N, int BLOCKS>
 __device__ Best best_of_listed(Selection & sh, Block & block, const Cluster<BLOCKS> & cluster, const float * scores,
                                int n, const Filter & passed, int budget, int32_t * out) {
-    // Rounding of the two means may put the level an ulp below the mark; a range that falls would have bins before the
-    // first.
-    const Range   r = {passed.mark, passed.mark + 4.0f * fmaxf(passed.level - passed.mark, 0.0f)};
+    const Range   r = foretold(passed);
     const Binning bin(r);
     const int     first = static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32;
     Registers<N>  own;
@@ -140,7 +146,7 @@ __device__ Best best_of_listed(Selection & sh, Block & block, const Cluster<BLOC
     }
     if (best.found && best.n_marked >= budget) {
         find_bin(sh, block, cluster, budget);
-        best.found = sh.bin < kBins - 1 && sh.count <= kList; // the last bin has all that lies above
+        best.found = tells(sh);
     } else {
         best.found = false;
     }
@@ -150,7 +156,8 @@ __device__ Best best_of_listed(Selection & sh, Block & block, const Cluster<BLOC
     }
     rank_bin(sh, cluster, own, bin, r, budget - sh.all.above);
     best.least = sh.result;
-    write_listed(sh, block, own, budget, sh.marked + first, out);
+    write_in_turns(block, own, sh.result, sh.all, sh.before, budget, out,
+                   [&](int i) { return sh.marked[first + 32 * i]; });
     return best;
 }
 

@@ -1,5 +1,4 @@
-// A selection from all cells: from the peaks of eight cells each on, or, in a short context, of which they bound
-// nothing, from every score.
+// A selection from the peaks of eight cells each on.
 #pragma once
 
 #include "kth.cuh"
@@ -181,22 +180,6 @@ __device__ int select_in_registers(Selection & sh, Block & block, const float * 
                                    int budget, float guess, int32_t * out) {
     const auto own = load_own<N>(peaks, n_peak);
     return select_from(sh, block, own, static_cast<int>(threadIdx.x) * N, n_peak, scores, budget, guess, out);
-}
-
-// A context of up to eight budgets has no more peaks than cells to select: they bound nothing, and of marked cells
-// there would be a large part. All cells that fit into registers are looked at.
-constexpr int kAll = 16; // of a thread
-
-__device__ inline bool looks_at_all(int n_cell, int budget) {
-    return n_cell <= kPeak * budget && n_cell <= kAll * kThreads;
-}
-
-template <int N>
-__device__ __noinline__ int select_of_all(Selection & sh, const float * scores, int n_cell, int budget, int32_t * out) {
-    Block      block(sh.exchange);
-    const auto own   = load_own<N>(scores, n_cell);
-    const int  first = static_cast<int>(threadIdx.x) * N;
-    return write_cells<true>(block, own, kth_largest(sh, own, budget), budget, out, [&](int i) { return first + i; });
 }
 
 // All of that for one query; a function of its own, like kth_largest.

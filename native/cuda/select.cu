@@ -4,14 +4,15 @@
 //   threshold  the budget-th largest candidate; cells above it are selected, and of those equal to it the first ones
 // The result depends on the scores only, not on the order in which threads run.
 //
-// In a short context all cells are candidates. In others most tokens take a shorter way to them. Queries of following
-// tokens score much alike, so select leaves a filter for the next token, which 2.5 times the budget of cells should
-// reach; score marks those that do, and the best of them are the best of all if there are enough. Else all peaks are
-// looked at. The result is the same.
+// Most tokens take a shorter way to candidates. Queries of following tokens score much alike, so select leaves a filter
+// for the next token, which 2.5 times the budget of cells should reach; score marks those that do, and the best of them
+// are the best of all if there are enough. Else all peaks are looked at. In a short context all cells are, and those
+// that reach the filter counted. The result is the same.
 #include "kernels.cuh"
 #include "kth.cuh"
 #include "marks.cuh"
 #include "peaks.cuh"
+#include "short.cuh"
 
 namespace fasa::gpu {
 
@@ -110,10 +111,23 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
         if (cluster.rank() == 0) {
             n = write_from_memory(block, scores, n_cell, -FLT_MAX, node.max_selected, out);
         }
-    } else if (looks_at_all(n_cell, node.budget)) { // and leaves no filter
+    } else if (looks_at_all(n_cell, node.budget)) {
         if (cluster.rank() == 0) {
-            n = n_cell <= kAll / 2 * kThreads ? select_of_all<kAll / 2>(sh, scores, n_cell, node.budget, out)
-                                              : select_of_all<kAll>(sh, scores, n_cell, node.budget, out);
+            n = node.budget;
+            __syncthreads(); // the bins are clear
+            const bool few  = n_cell <= kAll / 2 * kThreads;
+            const Best best = passed.mark >= kNoFilter ? Best{false, 0, 0.0f}
+                              : few                    ? best_of_all<kAll / 2>(sh, scores, n_cell, passed, n, out)
+                                                       : best_of_all<kAll>(sh, scores, n_cell, passed, n, out);
+            if (best.found) {
+                filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, n, kAim), norm), best.least};
+            } else {
+                __syncthreads();
+                filter = few ? select_of_all<kAll / 2>(sh, scores, n_cell, n_visible, n, out)
+                             : select_of_all<kAll>(sh, scores, n_cell, n_visible, n, out);
+            }
+            filter = filter.level < kForced && unit > 0.0f ? Filter{filter.mark * unit, filter.level * unit}
+                                                           : Filter{kNoFilter, kNoFilter};
         }
     } else if (passed.mark < kNoFilter) {
         const Best best = best_of_marked(sh, block, cluster, marks, scores, passed, node.budget, out);

@@ -1,0 +1,85 @@
+// A selection in a short context: all of its cells are in registers. One of up to eight budgets has no more peaks than
+// cells to select, so they bound nothing, and of marked cells there would be a large part.
+#pragma once
+
+#include "marks.cuh"
+
+namespace fasa::gpu {
+
+constexpr int kAll   = 16; // cells of a thread
+constexpr int kShort = 8;  // budgets
+
+__device__ inline bool looks_at_all(int n_cell, int budget) {
+    return n_cell <= kShort * budget && n_cell <= kAll * kThreads;
+}
+
+// What n of `budget` cells, more than that, should reach: a filter's mark.
+__device__ inline int aim_of(int n, int budget) { return min(5 * budget / 2, (n + budget) / 2); }
+
+template <int N> __device__ Counts count_around(Block & block, const Registers<N> & values, float t) {
+    int own = 0, total;
+    values.each([&](float x, int) { own += (x > t ? 1 << 16 : 0) | (x == t ? 1 : 0); });
+    block.sum_of_warps_before(threadIdx.x % 32 == 0, warp_total(own), &total);
+    return {total >> 16, total & 0xffff};
+}
+
+// All cells of a context. A warp has 32 N that follow each other, which its lanes take in turns.
+template <int N> struct Cells {
+    int          first;
+    Registers<N> values;
+
+    __device__ Cells(const float * scores, int n)
+        : first(static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) { // all on their way together
+            values.x[i] = scores[min(first + 32 * i, n - 1)];
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            values.x[i] = first + 32 * i < n ? values.x[i] : -CUDART_INF_F;
+        }
+    }
+    __device__ void write(Block & block, float t, const Counts & all, int limit, int32_t * out) const {
+        write_in_turns(block, values, t, all, Counts{0, 0}, limit, out, [&](int i) { return first + 32 * i; });
+    }
+};
+
+// Behind clear_bins and a barrier: only cells that reach a filter are counted, in bins of the range that it foretells.
+// Not found: too few reach it, or the threshold is not in that range.
+template <int N>
+__device__ __noinline__ Best best_of_all(Selection & sh, const float * scores, int n_cell, Filter passed, int budget,
+                                         int32_t * out) {
+    Block          block(sh.exchange);
+    const Cells<N> own(scores, n_cell);
+    const Range    r = foretold(passed);
+    const Binning  bin(r);
+    own.values.each([&](float x, int) {
+        if (x >= r.lo) {
+            atomicAdd(sh.bins + bin(x), 1);
+        }
+    });
+    __syncthreads();
+    Best best     = {false, 0, 0.0f};
+    best.n_marked = find_bin(sh, block, Cluster<1>(), budget);
+    best.found    = r.hi > r.lo && best.n_marked >= budget && tells(sh);
+    if (best.found) {
+        rank_bin(sh, Cluster<1>(), own.values, bin, r, budget - sh.all.above);
+        best.least = sh.result;
+        own.write(block, best.least, sh.all, budget, out);
+    }
+    return best;
+}
+
+// The same without a filter: what the next one should be. n_visible, of which it is made, is more than budget.
+template <int N>
+__device__ __noinline__ Filter select_of_all(Selection & sh, const float * scores, int n_cell, int n_visible,
+                                             int budget, int32_t * out) {
+    Block          block(sh.exchange);
+    const Cells<N> own(scores, n_cell);
+    const float    mark  = kth_largest(sh, own.values, aim_of(n_visible, budget));
+    const float    least = kth_largest(sh, own.values, budget);
+    own.write(block, least, count_around(block, own.values, least), budget, out);
+    return {mark, least};
+}
+
+} // namespace fasa::gpu
