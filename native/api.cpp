@@ -129,6 +129,8 @@ fasa_status fasa_config_check(const fasa_config * config) {
     return guarded([&] { fasa::check_config(*config); });
 }
 
+int32_t fasa_pays_from_cuda(int32_t k_type, int32_t group) { return fasa::pays_from_cuda(k_type, group); }
+
 fasa_status fasa_session_create(const fasa_profile * profile, const fasa_config * config, fasa_session ** out) {
     return guarded([&] {
         need(config != nullptr && out != nullptr, "config and out must not be NULL.");

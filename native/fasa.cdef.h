@@ -225,16 +225,18 @@ typedef struct fasa_config {
 } fasa_config;
 
 /* What a setting is when nobody says. min_ctx is PAYS_FROM budgets: from there on selecting cells is faster than dense
- * attention; later on a GPU, whose dense attention is fast (docs/cuda.md). */
+ * attention; on a GPU see fasa_pays_from_cuda. */
 typedef enum fasa_default {
-    FASA_DEFAULT_BUDGET     = 1024,
-    FASA_DEFAULT_MAX_ROWS   = 8,
-    FASA_DEFAULT_SINKS      = 4,
-    FASA_DEFAULT_RECENT     = 32,
-    FASA_PAYS_FROM          = 2,
-    FASA_PAYS_FROM_CUDA     = 4,
-    FASA_PAYS_FROM_CUDA_F16 = 6
+    FASA_DEFAULT_BUDGET   = 1024,
+    FASA_DEFAULT_MAX_ROWS = 8,
+    FASA_DEFAULT_SINKS    = 4,
+    FASA_DEFAULT_RECENT   = 32,
+    FASA_PAYS_FROM        = 2
 } fasa_default;
+
+/* The same in budgets where a CUDA device attends, whose dense attention is fast (docs/cuda.md). It reads a row of K or
+ * V once for a group of query heads, of which each selects rows of its own. */
+int32_t fasa_pays_from_cuda(int32_t k_type, int32_t group);
 
 /* FASA_STATUS_ARGUMENT with a sentence about the first setting that is out of its range. */
 fasa_status fasa_config_check(const fasa_config * config);

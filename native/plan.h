@@ -72,6 +72,9 @@ bool is_computed(const ggml_tensor * node);
 // llama.cpp casts a K or V of f32 to f16 before each attention node: the view that is cast, or t itself.
 const ggml_tensor * before_cast(const ggml_tensor * t);
 
+// See fasa_pays_from_cuda().
+int32_t pays_from_cuda(int32_t k_type, int32_t group);
+
 // Pure. Returns FASA_REASON_SPARSE or FASA_REASON_CAPTURE with `out` filled, or the reason to leave the node alone.
 // sliding: the layer is known or suspected to see a window only (sliding_window.h).
 fasa_reason plan(const ggml_tensor * node, const PlanContext & context, bool sliding, Plan * out);

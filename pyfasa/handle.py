@@ -93,7 +93,7 @@ class Fasa:
         self._min_ctx_follows = follow_budget
         self.switched = False  # by use()
         self._passing: dict[str, object] = {}  # settings of the core for the time of a block
-        self._apply(config)
+        self._apply(replace(config, min_ctx=pays_from * config.budget) if follow_budget else config)
 
     # ---- state ----
 

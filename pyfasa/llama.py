@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -15,7 +15,8 @@ import llama_cpp
 from pyfasa.attach import Attachment, ProfileArgument, attach
 from pyfasa.errors import DenseWarning, HostError, ModelFileError
 from pyfasa.handle import Fasa, make_config
-from pyfasa.native import KV_TYPES, PAYS_FROM, PAYS_FROM_CUDA, PAYS_FROM_CUDA_F16, cuda
+from pyfasa.identity import ModelIdentity
+from pyfasa.native import KV_TYPES, PAYS_FROM, cuda, pays_from_cuda
 
 
 def kv_type(value: int | str | None, argument: str) -> int | None:
@@ -81,8 +82,7 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        pays_from = _pays_from(kv_type(type_k, "type_k"), kwargs)
-        config = make_config(budget, n_fc, index_bits, min_ctx, max_rows, sinks, recent, pays_from)
+        config = make_config(budget, n_fc, index_bits, min_ctx, max_rows, sinks, recent)
         arguments = dict(
             kwargs,
             flash_attn=flash_attn,
@@ -101,7 +101,12 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self.close()
             raise
-        self.fasa = Fasa(config, attachment, follow_budget=min_ctx is None, pays_from=pays_from)
+        self.fasa = Fasa(
+            config,
+            attachment,
+            follow_budget=min_ctx is None,
+            pays_from=_pays_from(kv_type(type_k, "type_k"), attachment.identity, kwargs),
+        )
         if attachment.reason is not None and not attachment.expected:
             warnings.warn(f"Decoding is dense: {attachment.reason}", DenseWarning, stacklevel=2)
         if attachment.profile is not None and kwargs.get("lora_path"):
@@ -174,12 +179,14 @@ class Llama(llama_cpp.Llama):
         self.fasa.enabled = enabled
 
 
-def _pays_from(type_k: int | None, kwargs: dict[str, Any]) -> int:
+def _pays_from(type_k: int | None, model: ModelIdentity | None, kwargs: Mapping[str, Any]) -> int:
     """From how many budgets on selecting pays: later where a CUDA device that pyfasa serves computes attention."""
-    if not (kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True) and cuda()[0]):
+    on_gpu = kwargs.get("n_gpu_layers") and kwargs.get("offload_kqv", True) and cuda()[0]
+    if not on_gpu or model is None:
         return PAYS_FROM
-    half = type_k in (None, KV_TYPES["f16"], KV_TYPES["bf16"])
-    return PAYS_FROM_CUDA_F16 if half else PAYS_FROM_CUDA
+    return pays_from_cuda(
+        KV_TYPES["f16"] if type_k is None else type_k, model.n_head // model.n_head_kv
+    )
 
 
 # Arguments of former llama_cpp.Llama, which it has ignored since; LangChain passes the first two.

@@ -25,6 +25,11 @@ def test_the_sentence_says_what_is_there() -> None:
 
 
 def test_selecting_pays_later_on_a_gpu() -> None:
+    """Later where a group of query heads reads a row of K or V once for all of them."""
+    types = native.KV_TYPES
+    assert native.pays_from_cuda(types["f16"], 4) == native.pays_from_cuda(types["bf16"], 4) == 6
+    assert [native.pays_from_cuda(types["f16"], group) for group in (1, 3, 7, 8)] == [4, 5, 7, 8]
+    assert {native.pays_from_cuda(types["q8_0"], group) for group in (1, 4, 8)} == {4}
     assert make_config(budget=100).min_ctx == 200
     assert make_config(budget=100, pays_from=7).min_ctx == 700
     assert make_config(budget=100, min_ctx=300, pays_from=7).min_ctx == 300

@@ -22,8 +22,9 @@ std::unique_ptr<Session> Sessions::make(ggml_backend_dev_t first) const {
     config.n_fc = config.n_fc != 0 ? config.n_fc : profile_.n_fc;
     if (!settings_.min_ctx_is_given && first != nullptr &&
         ggml_backend_dev_type(first) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-        config.min_ctx =
-            static_cast<int32_t>(std::min<int64_t>(int64_t{FASA_PAYS_FROM_CUDA_F16} * config.budget, INT32_MAX));
+        const fasa_model & model = profile_.model;
+        const int64_t      n     = pays_from_cuda(FASA_KV_F16, model.n_head / model.n_head_kv); // the most it could be
+        config.min_ctx           = static_cast<int32_t>(std::min<int64_t>(n * config.budget, INT32_MAX));
     }
     auto session = std::make_unique<Session>(&profile_.profile, config);
     session->check_model(profile_.model, tell_);

@@ -10,8 +10,6 @@ from pyfasa.native.call import (
     KV_TYPES,
     MAX_ROWS,
     PAYS_FROM,
-    PAYS_FROM_CUDA,
-    PAYS_FROM_CUDA_F16,
     PEAKS,
     ROPE_IDS,
 )
@@ -23,6 +21,7 @@ from pyfasa.native.host import (
     isa_name,
     isa_usable,
     isas,
+    pays_from_cuda,
     reasons,
     self_test,
 )
@@ -51,8 +50,6 @@ __all__ = [
     "KV_TYPES",
     "MAX_ROWS",
     "PAYS_FROM",
-    "PAYS_FROM_CUDA",
-    "PAYS_FROM_CUDA_F16",
     "PEAKS",
     "ROPE_IDS",
     "Config",
@@ -75,6 +72,7 @@ __all__ = [
     "isas",
     "kv_row_bytes",
     "kv_to_float",
+    "pays_from_cuda",
     "reasons",
     "score",
     "select",

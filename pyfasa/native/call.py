@@ -23,8 +23,6 @@ PEAKS: int = lib.FASA_PEAKS
 MAX_HEAD_DIM: int = lib.FASA_MAX_HEAD_DIM
 MAX_ROWS: int = lib.FASA_MAX_ROWS
 PAYS_FROM: int = lib.FASA_PAYS_FROM
-PAYS_FROM_CUDA: int = lib.FASA_PAYS_FROM_CUDA
-PAYS_FROM_CUDA_F16: int = lib.FASA_PAYS_FROM_CUDA_F16
 KV_TYPES: dict[str, int] = {
     "f32": lib.FASA_KV_F32,
     "f16": lib.FASA_KV_F16,

@@ -50,6 +50,12 @@ def fail_allocations(successes: int) -> None:
     lib.fasa_fail_allocations(successes)
 
 
+def pays_from_cuda(k_type: int, group: int) -> int:
+    """From how many budgets on selecting pays on a CUDA device; group: query heads per KV head."""
+    budgets: int = lib.fasa_pays_from_cuda(k_type, group)
+    return budgets
+
+
 def cuda() -> tuple[bool, str]:
     """Whether decode graphs of llama.cpp's CUDA devices are served, and a sentence about it."""
     return bool(lib.fasa_cuda_usable()), text(lib.fasa_cuda_text())
