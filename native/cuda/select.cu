@@ -116,9 +116,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
             n = node.budget;
             __syncthreads(); // the bins are clear
             const bool few  = n_cell <= kAll / 2 * kThreads;
-            const Best best = passed.mark >= kNoFilter ? Best{false, 0, 0.0f}
-                              : few                    ? best_of_all<kAll / 2>(sh, scores, n_cell, passed, n, out)
-                                                       : best_of_all<kAll>(sh, scores, n_cell, passed, n, out);
+            const bool know = passed.mark < kNoFilter && n_cell >= kMuch * n;
+            const Best best = !know ? Best{false, 0, 0.0f}
+                              : few ? best_of_all<kAll / 2>(sh, scores, n_cell, passed, n, out)
+                                    : best_of_all<kAll>(sh, scores, n_cell, passed, n, out);
             if (best.found) {
                 filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, n, kAim), norm), best.least};
             } else {

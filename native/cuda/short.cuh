@@ -8,6 +8,7 @@ namespace fasa::gpu {
 
 constexpr int kAll   = 16; // cells of a thread
 constexpr int kShort = 8;  // budgets
+constexpr int kMuch  = 4;  // budgets: of less so large a part is selected that filters go wrong from token to token
 
 __device__ inline bool looks_at_all(int n_cell, int budget) {
     return n_cell <= kShort * budget && n_cell <= kAll * kThreads;
@@ -70,16 +71,17 @@ __device__ __noinline__ Best best_of_all(Selection & sh, const float * scores, i
     return best;
 }
 
-// The same without a filter: what the next one should be. n_visible, of which it is made, is more than budget.
+// The same without a filter, and what the next one should be: of n_visible cells, which are more than budget.
 template <int N>
 __device__ __noinline__ Filter select_of_all(Selection & sh, const float * scores, int n_cell, int n_visible,
                                              int budget, int32_t * out) {
     Block          block(sh.exchange);
     const Cells<N> own(scores, n_cell);
-    const float    mark  = kth_largest(sh, own.values, aim_of(n_visible, budget));
+    const bool     much  = n_cell >= kMuch * budget;
+    const float    mark  = much ? kth_largest(sh, own.values, aim_of(n_visible, budget)) : kNoFilter;
     const float    least = kth_largest(sh, own.values, budget);
     own.write(block, least, count_around(block, own.values, least), budget, out);
-    return {mark, least};
+    return {mark, much ? least : kNoFilter};
 }
 
 } // namespace fasa::gpu

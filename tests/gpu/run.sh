@@ -51,7 +51,7 @@ fi
 if step speed; then
     for kv in q8_0 f16; do
         check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --bits 4,2 --depths 4096,32768,131072 > "$RESULTS/cuda-$kv.csv"
-        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --depths 4096,8192,12288,16256,24576 --min-ctx 4000 \
+        check "$PYTHON" tests/gpu/bench.py "$BIG" --kv $kv --depths 4096,8192,12288,16384,24576 --min-ctx 4000 \
             > "$RESULTS/cuda-early-$kv.csv"
     done
 fi
@@ -59,7 +59,7 @@ if step experts; then
     EXPERTS="$RESULTS/../a3b-random-Q4_0.gguf"
     [ -e "$EXPERTS" ] || "$PYTHON" tests/gpu/random_gguf.py "$EXPERTS" a3b
     for kv in q8_0 f16; do
-        check "$PYTHON" tests/gpu/bench.py "$EXPERTS" --kv $kv --bits 4 --depths 4096,12288,32768,131072 \
+        check "$PYTHON" tests/gpu/bench.py "$EXPERTS" --kv $kv --bits 4 --depths 4096,16384,32768,131072 \
             > "$RESULTS/cuda-moe-$kv.csv"
     done
 fi
