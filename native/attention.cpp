@@ -64,7 +64,7 @@ void score_part(const NodeWork & w, const Row & row, const SideIndex::Part & par
 
 // ---- how threads share a row -----------------------------------------------------------------------------------
 
-// Times out of sleep are long: who waits gives its core away only after about 0.3 ms.
+// Waking up takes long: who waits gives its core away only after about 0.3 ms.
 class Patience {
   public:
     void pause() {

@@ -86,7 +86,7 @@ struct Scratch {
     int32_t *  arrived;    // [n_query], zero between nodes
     uint32_t * marks;      // [2 * n_block, n_query]: a bit for every cell that reached its query's threshold
     int64_t *  totals;     // [4], until read: cells visible and attended; differences that rebuild found; queries
-                           // that were selected from marked cells
+                           // whose filter was right
 };
 
 struct Node {

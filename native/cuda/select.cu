@@ -103,9 +103,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     const float  unit = norm > 1e-30f ? 1.0f / norm : 0.0f;
     const Filter before =
         passed.mark < kNoFilter ? Filter{passed.mark * unit, passed.level * unit} : Filter{kNoFilter, kNoFilter};
-    int    n      = -1;
-    float  guess  = -CUDART_INF_F;
-    Filter filter = {kNoFilter, kNoFilter};
+    int    n         = -1;
+    bool   by_filter = false;
+    float  guess     = -CUDART_INF_F;
+    Filter filter    = {kNoFilter, kNoFilter};
     if (n_visible < node.min_ctx ||
         n_visible <= node.budget) { // a row that sees few cells attends all: exact attention
         if (cluster.rank() == 0) {
@@ -115,11 +116,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
         if (cluster.rank() == 0) {
             n = node.budget;
             __syncthreads(); // the bins are clear
-            const bool few  = n_cell <= kAll / 2 * kThreads;
-            const bool know = passed.mark < kNoFilter && n_cell >= kMuch * n;
-            const Best best = !know ? Best{false, 0, 0.0f}
-                              : few ? best_of_all<kAll / 2>(sh, scores, n_cell, passed, n, out)
-                                    : best_of_all<kAll>(sh, scores, n_cell, passed, n, out);
+            const bool few   = n_cell <= kAll / 2 * kThreads;
+            const bool known = passed.mark < kNoFilter && n_cell >= kMuch * n;
+            const Best best  = !known ? Best{false, 0, 0.0f}
+                               : few  ? best_of_all<kAll / 2>(sh, scores, n_cell, passed, n, out)
+                                      : best_of_all<kAll>(sh, scores, n_cell, passed, n, out);
+            by_filter        = best.found;
             if (best.found) {
                 filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, n, kAim), norm), best.least};
             } else {
@@ -132,14 +134,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
         }
     } else if (passed.mark < kNoFilter) {
         const Best best = best_of_marked(sh, block, cluster, marks, scores, passed, node.budget, out);
+        by_filter       = best.found;
         if (best.found) {
             n = node.budget;
             if (best.least < kForced) {
                 filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, node.budget, kAim), norm) * unit,
                           best.least * unit};
-            }
-            if (threadIdx.x == 0 && cluster.rank() == 0) {
-                atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), 1ull);
             }
         } else {
             guess = guess_floor(passed, best.n_marked, node.budget, kAim);
@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
     if (threadIdx.x == 0) {
         node.filters[query]            = blend(before, filter);
         node.scratch.n_selected[query] = n;
+        atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), by_filter ? 1ull : 0ull);
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),
                   static_cast<unsigned long long>(n_visible));
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 1), static_cast<unsigned long long>(n));

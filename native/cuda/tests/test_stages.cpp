@@ -289,12 +289,12 @@ TEST(stages_agree_with_the_reference) {
     CHECK(only_small() || used > 0);
 }
 
-// Cells, and budget: from 16,384 cells on they are contexts of which all cells are looked at, in registers of all
-// sizes, whole and half full; of the last one that is one cell too many.
+// Cells, and budget: from the first 16,384 cells on they are contexts of which all cells are looked at, whole and half
+// full, and for some a filter says where to count; one has a block too many for that.
 const std::pair<int32_t, int32_t> kUgly[] = {{40000, 1},     {40000, 7},    {40000, 1500},  {40000, 2048},
                                              {40000, 6144},  {40000, 9000}, {40000, 39000}, {16384, 2048},
                                              {16384, 16000}, {16321, 6144}, {8100, 1100},   {8192, 8000},
-                                             {16400, 2048},  {24576, 2048}, {24001, 23000}, {24577, 2050}};
+                                             {16400, 2048},  {8100, 2000},  {4500, 1100}};
 
 // Scores that make a radix select stumble: ties, outliers, few distinct values, more candidates than shared memory
 // holds.
@@ -380,6 +380,6 @@ TEST(select_is_exact_on_ugly_scores) {
         check_selection(s, scores);
         CHECK(all == s.cells.host);
         s.totals.to_host();
-        CHECK(s.totals.host[3] > 0 || budget >= 6144 || n_kv <= 12 * budget);
+        CHECK(s.totals.host[3] > 0 || budget >= 6144 || n_kv < 4 * budget); // a query whose filter was right
     }
 }
