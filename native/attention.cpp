@@ -64,11 +64,12 @@ void score_part(const NodeWork & w, const Row & row, const SideIndex::Part & par
 
 // ---- how threads share a row -----------------------------------------------------------------------------------
 
-// Waking up takes long: who waits gives its core away only after about 0.3 ms.
+// Waking up takes long: who waits gives its core away only after up to 0.1 ms. Where others want the core, the thread
+// that is waited for may be one of them.
 class Patience {
   public:
     void pause() {
-        if (++spins_ > 20000) {
+        if (++spins_ > 2000) {
             std::this_thread::yield();
             return;
         }
