@@ -1,7 +1,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <functional>
 #include <thread>
 
 #include "clock.h"
@@ -32,35 +31,6 @@ class StageClock {
     bool    on_;
     int64_t last_;
 };
-
-// ---- the stages on parts of the work -------------------------------------------------------------------------
-
-void refresh_part(const NodeWork & w, const SideIndex::Part & part, StageClock & clock) {
-    const int64_t n = w.index->refresh(part);
-    if (part.h0 == 0 && part.h1 > 0) { // a cell counts once, whatever threads share its heads
-        *w.n_indexed += n;
-    }
-    if (w.config->verify != 0) {
-        *w.n_verify_failures += w.index->verify(part);
-    }
-    clock.to(w.timings->index);
-}
-
-void score_part(const NodeWork & w, const Row & row, const SideIndex::Part & part, StageClock & clock) {
-    const int64_t n_block = row.visible->n_block;
-    const int32_t group   = w.plan.n_head / w.plan.n_head_kv;
-    const int64_t b1      = std::min(part.b1, n_block);
-    for (int32_t h = part.h0; h < part.h1 && part.b0 < b1; ++h) {
-        const Layout & layout = w.index->layout(h);
-        float          q[FASA_MAX_GROUP * FASA_MAX_HEAD_DIM];
-        for (int32_t i = 0; i < group; ++i) {
-            rope_query(w, h * group + i, row, q + i * layout.head_dim);
-        }
-        w.kernels->score(layout, q, group, w.index->blocks(part.stream, h), row.visible->words.data(), n_block, part.b0,
-                         b1, scores_of(w, row, h * group), peaks_of(w, row, h * group));
-    }
-    clock.to(w.timings->score);
-}
 
 // ---- how threads share a row -----------------------------------------------------------------------------------
 
@@ -131,22 +101,47 @@ class RowTasks {
         while (taken.load(std::memory_order_relaxed) * chunk < last - first) {
             const int64_t begin = first + taken.fetch_add(1, std::memory_order_relaxed) * chunk;
             for (int64_t at = begin, end = std::min(last, begin + chunk); at < end;) {
-                const int64_t h = at / n_block_, stop = std::min(end, (h + 1) * n_block_);
-                score_part({w_.plan.first_stream + row_.stream, at - h * n_block_, stop - h * n_block_,
-                            static_cast<int32_t>(h), static_cast<int32_t>(h + 1)});
+                const int64_t         h = at / n_block_, stop = std::min(end, (h + 1) * n_block_);
+                const SideIndex::Part part = {w_.plan.first_stream + row_.stream, at - h * n_block_,
+                                              stop - h * n_block_, static_cast<int32_t>(h),
+                                              static_cast<int32_t>(h + 1)};
+                if (refresh_) {
+                    refresh(part);
+                }
+                if (!row_.attend_all) {
+                    score(part);
+                }
                 w_.scratch->kv_heads[h].scored.fetch_add(stop - at, std::memory_order_release);
                 at = stop;
             }
         }
     }
 
-    void score_part(const SideIndex::Part & part) {
-        if (refresh_) {
-            fasa::refresh_part(w_, part, clock_);
+    // `part` is of one KV head.
+    void refresh(const SideIndex::Part & part) {
+        const int64_t n = w_.index->refresh(part);
+        if (part.h0 == 0) { // a cell counts once, whatever threads share its heads
+            *w_.n_indexed += n;
         }
-        if (!row_.attend_all) {
-            fasa::score_part(w_, row_, part, clock_);
+        if (w_.config->verify != 0) {
+            *w_.n_verify_failures += w_.index->verify(part);
         }
+        clock_.to(w_.timings->index);
+    }
+
+    void score(const SideIndex::Part & part) {
+        const int64_t n_block = row_.visible->n_block, b1 = std::min(part.b1, n_block), first_head = part.h0 * group_;
+        if (part.b0 < b1) {
+            const Layout & layout = w_.index->layout(part.h0);
+            float          q[FASA_MAX_GROUP * FASA_MAX_HEAD_DIM];
+            for (int64_t i = 0; i < group_; ++i) {
+                rope_query(w_, first_head + i, row_, q + i * layout.head_dim);
+            }
+            w_.kernels->score(layout, q, static_cast<int32_t>(group_), w_.index->blocks(part.stream, part.h0),
+                              row_.visible->words.data(), n_block, part.b0, b1, scores_of(w_, row_, first_head),
+                              peaks_of(w_, row_, first_head));
+        }
+        clock_.to(w_.timings->score);
     }
 
     // What can be begun of a query head now; false when that is nothing.
@@ -173,7 +168,9 @@ class RowTasks {
                 any = true;
             }
         }
-        clock_.to(any ? w_.timings->attend : w_.timings->wait);
+        if (any) {
+            clock_.to(w_.timings->attend);
+        }
         return any;
     }
 

@@ -67,18 +67,28 @@ template <int BLOCKS> __device__ int list_marked(Selection & sh, Block & block, 
     return total;
 }
 
+// Lanes of a warp that take 32 N things in turns, which follow each other: a thread's first one.
+template <int N> __device__ int first_in_turns() {
+    return static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32;
+}
+
+// How many values of the warps before this one, and of all, are above t, in the upper half of a word, and equal it.
+template <int N> __device__ int count_around(Block & block, const Registers<N> & values, float t, int * total) {
+    int own = 0;
+    values.each([&](float x, int) { own += (x > t ? 1 << 16 : 0) | (x == t ? 1 : 0); });
+    return block.sum_of_warps_before(threadIdx.x % 32 == 0, warp_total(own), total);
+}
+
 // Writes up to `limit` of the cells that a warp's lanes took in turns, as write_cells does. all, in_blocks_before: how
 // many of them are above t and equal it. Counts of the context fit in half a word.
 template <int N, typename Cell>
 __device__ void write_in_turns(Block & block, const Registers<N> & values, float t, const Counts & all,
                                const Counts & in_blocks_before, int limit, int32_t * out, Cell && cell) {
     const uint32_t before_lane = (1u << threadIdx.x % 32) - 1;
-    int            own         = 0;
-    values.each([&](float x, int) { own += (x > t ? 1 << 16 : 0) | (x == t ? 1 : 0); });
-    int       total;
-    const int before  = block.sum_of_warps_before(threadIdx.x % 32 == 0, warp_total(own), &total);
-    const int n_equal = limit - all.above;
-    int       at = in_blocks_before.above + (before >> 16), equals = in_blocks_before.equal + (before & 0xffff);
+    int            total;
+    const int      before  = count_around(block, values, t, &total);
+    const int      n_equal = limit - all.above;
+    int            at = in_blocks_before.above + (before >> 16), equals = in_blocks_before.equal + (before & 0xffff);
     if (n_equal == all.equal) { // as nearly always: all that equal the threshold are selected
         at += equals;
         values.each([&](float x, int i) {
@@ -123,7 +133,7 @@ __device__ Best best_of_listed(Selection & sh, Block & block, const Cluster<BLOC
                                int n, const Filter & passed, int budget, int32_t * out) {
     const Range   r = foretold(passed);
     const Binning bin(r);
-    const int     first = static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32;
+    const int     first = first_in_turns<N>();
     Registers<N>  own;
 #pragma unroll
     for (int i = 0; i < N; ++i) { // all on their way together

@@ -129,18 +129,13 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
                 filter = few ? select_of_all<kAll / 2>(sh, scores, n_cell, n_visible, n, out)
                              : select_of_all<kAll>(sh, scores, n_cell, n_visible, n, out);
             }
-            filter = filter.level < kForced && unit > 0.0f ? Filter{filter.mark * unit, filter.level * unit}
-                                                           : Filter{kNoFilter, kNoFilter};
         }
     } else if (passed.mark < kNoFilter) {
         const Best best = best_of_marked(sh, block, cluster, marks, scores, passed, node.budget, out);
         by_filter       = best.found;
         if (best.found) {
-            n = node.budget;
-            if (best.least < kForced) {
-                filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, node.budget, kAim), norm) * unit,
-                          best.least * unit};
-            }
+            n      = node.budget;
+            filter = {next_mark(passed.mark, best.least, step_of(best.n_marked, n, kAim), norm), best.least};
         } else {
             guess = guess_floor(passed, best.n_marked, node.budget, kAim);
         }
@@ -152,14 +147,16 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const Node node, int n
         __syncthreads();
         n = select_from_peaks(sh, node.scratch.peaks + static_cast<int64_t>(query) * n_peak, n_peak, scores,
                               node.budget, guess, out);
-        if (threadIdx.x == 0 && sh.floor > -FLT_MAX && sh.least < kForced && unit > 0.0f) {
+        if (threadIdx.x == 0 && sh.floor > -FLT_MAX) {
             const bool  counted = sh.reached <= kHeld && sh.reached >= node.budget;
             const float step    = counted ? step_of(sh.reached, node.budget, kAim) : 0.0f;
-            filter = {(counted ? next_mark(sh.floor, sh.least, step, norm) : sh.floor) * unit, sh.least * unit};
+            filter              = {counted ? next_mark(sh.floor, sh.least, step, norm) : sh.floor, sh.least};
         }
     }
     if (threadIdx.x == 0) {
-        node.filters[query]            = blend(before, filter);
+        filter              = filter.level < kForced && unit > 0.0f ? Filter{filter.mark * unit, filter.level * unit}
+                                                                    : Filter{kNoFilter, kNoFilter};
+        node.filters[query] = blend(before, filter);
         node.scratch.n_selected[query] = n;
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals + 3), by_filter ? 1ull : 0ull);
         atomicAdd(reinterpret_cast<unsigned long long *>(node.scratch.totals),

@@ -17,20 +17,12 @@ __device__ inline bool looks_at_all(int n_cell, int budget) {
 // What n of `budget` cells, more than that, should reach: a filter's mark.
 __device__ inline int aim_of(int n, int budget) { return min(5 * budget / 2, (n + budget) / 2); }
 
-template <int N> __device__ Counts count_around(Block & block, const Registers<N> & values, float t) {
-    int own = 0, total;
-    values.each([&](float x, int) { own += (x > t ? 1 << 16 : 0) | (x == t ? 1 : 0); });
-    block.sum_of_warps_before(threadIdx.x % 32 == 0, warp_total(own), &total);
-    return {total >> 16, total & 0xffff};
-}
-
 // All cells of a context. A warp has 32 N that follow each other, which its lanes take in turns.
 template <int N> struct Cells {
     int          first;
     Registers<N> values;
 
-    __device__ Cells(const float * scores, int n)
-        : first(static_cast<int>(threadIdx.x) / 32 * 32 * N + static_cast<int>(threadIdx.x) % 32) {
+    __device__ Cells(const float * scores, int n) : first(first_in_turns<N>()) {
 #pragma unroll
         for (int i = 0; i < N; ++i) { // all on their way together
             values.x[i] = scores[min(first + 32 * i, n - 1)];
@@ -80,7 +72,9 @@ __device__ __noinline__ Filter select_of_all(Selection & sh, const float * score
     const bool     much  = n_cell >= kMuch * budget;
     const float    mark  = much ? kth_largest(sh, own.values, aim_of(n_visible, budget)) : kNoFilter;
     const float    least = kth_largest(sh, own.values, budget);
-    own.write(block, least, count_around(block, own.values, least), budget, out);
+    int            total;
+    count_around(block, own.values, least, &total);
+    own.write(block, least, {total >> 16, total & 0xffff}, budget, out);
     return {mark, much ? least : kNoFilter};
 }
 
